@@ -1,0 +1,1 @@
+"""The recipes that ship with upcycle, one TOML file each."""

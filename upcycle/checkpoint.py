@@ -1,0 +1,276 @@
+"""The Hugging Face folder: safetensors headers, shards and their index, and the staging folder of an output."""
+
+import fcntl
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Any, Final
+
+from upcycle.errors import CheckpointError, OutputError
+
+WEIGHTS: Final = "model.safetensors"
+INDEX: Final = "model.safetensors.index.json"
+CONFIG: Final = "config.json"
+PROVENANCE: Final = "upcycle.json"
+
+# Bytes per element of every dtype that a safetensors header may name.
+ITEM_SIZE: Final[Mapping[str, int]] = {
+    **{"F64": 8, "I64": 8, "U64": 8, "F32": 4, "I32": 4, "U32": 4, "F16": 2, "BF16": 2, "I16": 2, "U16": 2},
+    **{"I8": 1, "U8": 1, "BOOL": 1, "F8_E4M3": 1, "F8_E5M2": 1},
+}
+MAX_HEADER: Final = 25_000_000  # real headers stay below 5 MB
+MAX_JSON: Final = 25_000_000
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """Where a tensor's bytes lie: `nbytes` from byte `offset` of `file`, row-major `shape` of `dtype`."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    file: Path
+    offset: int
+    nbytes: int
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a JSON object.
+
+    Raises:
+        CheckpointError: the file is missing, too large, no UTF-8, no JSON or no object.
+    """
+    try:
+        if path.stat().st_size > MAX_JSON:
+            raise CheckpointError(f"{path}: {path.stat().st_size} bytes, expected at most {MAX_JSON}")
+        value = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        raise CheckpointError(f"{path} is missing") from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path} cannot be read as JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path}: expected a JSON object, found {type(value).__name__}")
+    return value
+
+
+def read_tensors(folder: Path) -> dict[str, TensorInfo]:
+    """Every tensor of a checkpoint by name, from the headers alone; single file, or shards with their index.
+
+    Raises:
+        CheckpointError: no safetensors, a missing or truncated shard, a damaged header or index.
+    """
+    if (folder / WEIGHTS).is_file():
+        return read_header(folder / WEIGHTS)
+    if not (folder / INDEX).is_file():
+        raise CheckpointError(_no_weights(folder))
+    weight_map = read_json(folder / INDEX).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise CheckpointError(f"{folder / INDEX}: 'weight_map' is missing or empty")
+    tensors: dict[str, TensorInfo] = {}
+    headers: dict[str, dict[str, TensorInfo]] = {}
+    for name, shard in weight_map.items():
+        if not isinstance(shard, str) or Path(shard).name != shard or not shard.endswith(".safetensors"):
+            raise CheckpointError(f"{folder / INDEX}: '{name}' lies in {shard!r}, expected a file name in the same folder")
+        if shard not in headers:
+            headers[shard] = read_header(folder / shard)
+        if name not in headers[shard]:
+            raise CheckpointError(f"{folder / INDEX}: '{name}' should lie in {shard}, which does not hold it")
+        tensors[name] = headers[shard][name]
+    return tensors
+
+
+def read_header(file: Path) -> dict[str, TensorInfo]:
+    """The tensors of one safetensors file, its header checked against the file's size.
+
+    Raises:
+        CheckpointError: the file and what was expected of and found in it.
+    """
+    try:
+        with file.open("rb") as handle:
+            size = os.fstat(handle.fileno()).st_size
+            length = int.from_bytes(handle.read(8), "little")
+            if size < 8 or length > min(size - 8, MAX_HEADER):
+                raise CheckpointError(
+                    f"{file}: a header of {length} bytes is announced, but the file has {size} bytes "
+                    f"and a header at most {MAX_HEADER}; it is truncated or no safetensors file"
+                )
+            header = json.loads(handle.read(length), object_pairs_hook=_unique)
+    except FileNotFoundError:
+        raise CheckpointError(f"{file} is missing") from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"{file}: the header cannot be read: {error}") from error
+    if not isinstance(header, dict):
+        raise CheckpointError(f"{file}: the header is no JSON object")
+    header.pop("__metadata__", None)
+    tensors = {name: _tensor_info(file, name, entry, 8 + length) for name, entry in header.items()}
+    end = 8 + length
+    for name, info in sorted(tensors.items(), key=lambda item: (item[1].offset, item[1].nbytes)):
+        if info.offset != end:
+            raise CheckpointError(f"{file}: '{name}' begins at byte {info.offset}, expected {end}; the header is damaged")
+        end += info.nbytes
+    if end != size:
+        raise CheckpointError(f"{file}: the header describes {end} bytes, the file has {size}; it is truncated or damaged")
+    return tensors
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    table = dict(pairs)
+    if len(table) != len(pairs):
+        raise ValueError("a name stands in it twice")
+    return table
+
+
+def _tensor_info(file: Path, name: str, entry: Any, base: int) -> TensorInfo:
+    try:
+        dtype, shape, (begin, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
+        whole = all(type(number) is int and 0 <= number < 2**63 for number in (*shape, begin, end))
+    except (KeyError, TypeError, ValueError):
+        whole = False
+    if not whole:
+        raise CheckpointError(f"{file}: the header's entry for '{name}' is damaged")
+    if dtype not in ITEM_SIZE:
+        raise CheckpointError(f"{file}: '{name}' has dtype {dtype!r}, which is not known; known: {', '.join(ITEM_SIZE)}")
+    if prod(shape) * ITEM_SIZE[dtype] != end - begin:
+        raise CheckpointError(
+            f"{file}: '{name}' has shape {list(shape)} of {dtype}, {prod(shape) * ITEM_SIZE[dtype]} bytes, "
+            f"but the header gives it {end - begin}"
+        )
+    return TensorInfo(dtype, shape, file, base + begin, end - begin)
+
+
+def _no_weights(folder: Path) -> str:
+    pickles = sorted(path.name for path in folder.glob("*") if path.suffix in (".bin", ".pt", ".pth", ".ckpt"))
+    if not pickles:
+        return f"{folder} holds neither {WEIGHTS} nor {INDEX}; it is no Hugging Face checkpoint with weights"
+    return (
+        f"{folder} holds its weights as pickle ({pickles[0]}), which can run code when read. Convert it once, if you "
+        "trust it:\n  python -c \"from transformers import AutoModelForCausalLM as M; "
+        f"M.from_pretrained('{folder}', dtype='auto').save_pretrained('{folder}-safetensors')\"\n"
+        "and copy its tokenizer files beside the result"
+    )
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One output file: its header's bytes, and the absolute byte offset of each of its tensors."""
+
+    name: str
+    header: bytes
+    offsets: Mapping[str, int]
+    size: int
+
+
+def plan_shards(tensors: Sequence[tuple[str, str, tuple[int, ...]]], max_shard_size: int) -> list[Shard]:
+    """Lay (name, dtype, shape) out in files of at most `max_shard_size` bytes of weights; a tensor is never split."""
+    parts: list[list[tuple[str, str, tuple[int, ...]]]] = [[]]
+    filled = 0
+    for name, dtype, shape in tensors:
+        nbytes = prod(shape) * ITEM_SIZE[dtype]
+        if parts[-1] and filled + nbytes > max_shard_size:
+            parts.append([])
+            filled = 0
+        parts[-1].append((name, dtype, shape))
+        filled += nbytes
+    total = len(parts)
+    names = [WEIGHTS] if total == 1 else [f"model-{i + 1:05d}-of-{total:05d}.safetensors" for i in range(total)]
+    return [_shard(name, part) for name, part in zip(names, parts, strict=True)]
+
+
+def _shard(file: str, tensors: Sequence[tuple[str, str, tuple[int, ...]]]) -> Shard:
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name, dtype, shape in tensors:
+        begin, end = end, end + prod(shape) * ITEM_SIZE[dtype]
+        header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [begin, end]}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # tensors begin at a multiple of 8 bytes
+    base = 8 + len(text)
+    offsets = {name: base + header[name]["data_offsets"][0] for name, _, _ in tensors}
+    return Shard(file, len(text).to_bytes(8, "little") + text, offsets, base + end)
+
+
+def index_json(shards: Sequence[Shard]) -> dict[str, Any]:
+    """The index of a sharded checkpoint, as transformers writes it."""
+    total = sum(shard.size - len(shard.header) for shard in shards)
+    weight_map = {name: shard.name for shard in shards for name in shard.offsets}
+    return {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+
+
+def write_json(path: Path, value: Mapping[str, Any]) -> None:
+    """Write an object as JSON, the same bytes for the same object."""
+    path.write_text(json.dumps(value, indent=2, ensure_ascii=False, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def check_target(out: Path, overwrite: bool, sources: Sequence[Path]) -> None:
+    """Refuse an output folder that must not be written.
+
+    Raises:
+        OutputError: it exists (and is no result of upcycle, or `overwrite` is not given), or lies within a source.
+    """
+    target = out.resolve()
+    for source in sources:
+        if target == source.resolve() or source.resolve() in target.parents or target in source.resolve().parents:
+            raise OutputError(f"output {out} and input {source} lie within one another; choose another --out")
+    if not out.exists():
+        return
+    if not out.is_dir():
+        raise OutputError(f"output {out} exists and is no folder; choose another --out")
+    if not any(out.iterdir()):
+        return
+    if not (out / PROVENANCE).is_file():
+        raise OutputError(f"output {out} exists and is no result of upcycle, so it is never overwritten; choose another --out")
+    if not overwrite:
+        raise OutputError(f"output {out} exists; --yes overwrites it, --out chooses another folder")
+
+
+@contextmanager
+def staging(out: Path) -> Iterator[Path]:
+    """A folder beside `out` to write into, renamed to `out` when the block ends well and removed when it does not.
+
+    Raises:
+        OutputError: the folder cannot be made, or another process is writing it.
+    """
+    out = out.resolve()
+    partial = out.parent / f".{out.name}.upcycle-partial"
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        partial.mkdir(exist_ok=True)
+        lock = os.open(partial, os.O_RDONLY)
+    except OSError as error:
+        raise OutputError(f"{partial} cannot be made: {error.strerror}") from error
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(lock)
+        raise OutputError(f"another process is writing {partial}; wait for it, or choose another --out") from None
+    try:
+        for stale in partial.iterdir():  # a killed run's remains
+            shutil.rmtree(stale) if stale.is_dir() else stale.unlink()
+        yield partial
+        os.fsync(lock)
+        _replace(partial, out)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    finally:
+        os.close(lock)
+
+
+def _replace(partial: Path, out: Path) -> None:
+    old = out.parent / f".{out.name}.upcycle-old"
+    if out.exists():
+        shutil.rmtree(old, ignore_errors=True)
+        out.rename(old)
+    partial.rename(out)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def free_bytes(folder: Path) -> int:
+    """Free bytes on the disk that holds `folder`, or would hold it once made."""
+    while not folder.exists():
+        folder = folder.parent
+    return shutil.disk_usage(folder).free

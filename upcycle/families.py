@@ -1,0 +1,481 @@
+"""The dense architectures that can be mixed: one table entry each, and what can be read off a config.json with it.
+
+A config.json is read as plain JSON, without transformers; an entry's `defaults` are the values that transformers'
+own class fills in for keys that a config leaves out (the tests compare them with those classes).
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+from upcycle.errors import SeedError
+
+# Where a projection's rows belong: `{"qkv_proj": ("query", "key", "value")}` is one matrix for all three.
+_SEPARATE: Final = {"q_proj": ("query",), "k_proj": ("key",), "v_proj": ("value",)}
+_GATED: Final = ("gate_proj", "up_proj")
+
+
+@dataclass(frozen=True)
+class Family:
+    """How one architecture names and shapes its tensors.
+
+    Attributes:
+        architecture: the transformers class.
+        defaults: what transformers assumes for keys that a config.json leaves out.
+        ffn_in: the projections into the FFN, gate before up; one name is a fused `[gate; up]` or a plain FFN.
+        gated: whether the FFN is down(act(gate(x)) * up(x)), else down(act(up(x))).
+        qkv: the projections into the attention and whose rows each holds.
+        qkv_by_head: a fused projection's rows are ordered (head, query/key/value) instead of (query/key/value, head).
+        grouped_queries: whether the attention knows fewer key/value heads than query heads.
+        qkv_bias, output_bias, ffn_bias: False, True, or the config key that says.
+        qk_norm: shape and place of the norms of queries and keys:
+            "head" `[head_dim]` before heads and positions are swapped, "head_swapped" the same after,
+            "width" `[heads * head_dim]`, "heads" `[heads, head_dim]`, or None.
+        qk_norm_key: the config key that switches `qk_norm` on, where there is one.
+        norms: the other norms of a layer, in the model's order.
+        norm_bias: whether these norms, and the final one, have a bias.
+        rope_theta: the default base of the rotary positions.
+        local_rope_theta: that of the sliding layers, where they have one of their own.
+        partial_rotary_factor: the default share of a head that is rotated, where a config can change it.
+        sliding_every: layer i is sliding unless (i + 1) is a multiple of this (Gemma, Cohere2), 0 for other rules.
+        dropped: endings of tensor names that old checkpoints hold and no model reads (buffers).
+    """
+
+    architecture: str
+    defaults: Mapping[str, Any]
+    base: str = "model"
+    attention: str = "self_attn"
+    qkv: Mapping[str, tuple[str, ...]] = field(default_factory=lambda: _SEPARATE)
+    qkv_by_head: bool = False
+    grouped_queries: bool = True
+    output: str = "o_proj"
+    qkv_bias: bool | str = False
+    output_bias: bool | str = False
+    qk_norm: str | None = None
+    qk_norm_key: str | None = None
+    ffn_in: tuple[str, ...] = _GATED
+    ffn_out: str = "down_proj"
+    gated: bool = True
+    ffn_bias: bool | str = False
+    norms: tuple[str, ...] = ("input_layernorm", "post_attention_layernorm")
+    norm_bias: bool = False
+    embedding: str = "embed_tokens"
+    final_norm: str = "norm"
+    head: str = "lm_head"
+    rope_theta: float = 10_000.0
+    local_rope_theta: float | None = None
+    partial_rotary_factor: float | None = None
+    sliding_every: int = 0
+    dropped: tuple[str, ...] = ("rotary_emb.inv_freq",)
+
+
+_COMMON: Final = {"hidden_act": "silu", "tie_word_embeddings": False, "max_position_embeddings": 2048}
+_SLIDING: Final = {"use_sliding_window": False, "sliding_window": 4096, "max_window_layers": 28, "layer_types": None}
+_GEMMA: Final = {
+    "hidden_activation": "gelu_pytorch_tanh",
+    "tie_word_embeddings": True,
+    "rms_norm_eps": 1e-6,
+    "vocab_size": 256_000,
+    "hidden_size": 2304,
+    "intermediate_size": 9216,
+    "num_hidden_layers": 26,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "head_dim": 256,
+    "attention_bias": False,
+    "query_pre_attn_scalar": 256,
+    "sliding_window": 4096,
+    "layer_types": None,
+}
+_COHERE: Final = {
+    **_COMMON,
+    "tie_word_embeddings": True,
+    "max_position_embeddings": 8192,
+    "layer_norm_eps": 1e-5,
+    "logit_scale": 0.0625,
+    "vocab_size": 256_000,
+    "hidden_size": 8192,
+    "intermediate_size": 22_528,
+    "num_hidden_layers": 40,
+    "num_attention_heads": 64,
+    "num_key_value_heads": None,
+    "attention_bias": False,
+}
+_GEMMA_NORMS: Final = (
+    "input_layernorm",
+    "post_attention_layernorm",
+    "pre_feedforward_layernorm",
+    "post_feedforward_layernorm",
+)
+_7B: Final = {
+    "hidden_size": 4096,
+    "intermediate_size": 11_008,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": None,
+}
+_QWEN: Final = {
+    **_COMMON,
+    **_SLIDING,
+    **_7B,
+    "vocab_size": 151_936,
+    "intermediate_size": 22_016,
+    "num_key_value_heads": 32,
+    "max_position_embeddings": 32_768,
+    "rms_norm_eps": 1e-6,
+}
+
+# Keyed by config.json's model_type.
+FAMILIES: Final[Mapping[str, Family]] = {
+    "llama": Family(
+        architecture="LlamaForCausalLM",
+        defaults={
+            **_COMMON,
+            **_7B,
+            "vocab_size": 32_000,
+            "head_dim": None,
+            "rms_norm_eps": 1e-6,
+            "attention_bias": False,
+            "mlp_bias": False,
+        },
+        qkv_bias="attention_bias",
+        output_bias="attention_bias",
+        ffn_bias="mlp_bias",
+    ),
+    "mistral": Family(
+        architecture="MistralForCausalLM",
+        defaults={
+            **_COMMON,
+            **_7B,
+            "vocab_size": 32_000,
+            "intermediate_size": 14_336,
+            "num_key_value_heads": 8,
+            "head_dim": None,
+            "max_position_embeddings": 131_072,
+            "rms_norm_eps": 1e-6,
+            "sliding_window": 4096,
+        },
+    ),
+    "qwen2": Family(architecture="Qwen2ForCausalLM", defaults=_QWEN, qkv_bias=True),
+    "qwen3": Family(
+        architecture="Qwen3ForCausalLM",
+        defaults={**_QWEN, "head_dim": 128, "attention_bias": False},
+        qkv_bias="attention_bias",
+        output_bias="attention_bias",
+        qk_norm="head",
+    ),
+    "gemma2": Family(
+        architecture="Gemma2ForCausalLM",
+        defaults={
+            **_GEMMA,
+            "max_position_embeddings": 8192,
+            "final_logit_softcapping": 30.0,
+            "attn_logit_softcapping": 50.0,
+            "use_bidirectional_attention": None,
+        },
+        qkv_bias="attention_bias",
+        output_bias="attention_bias",
+        norms=_GEMMA_NORMS,
+        sliding_every=2,
+    ),
+    "gemma3_text": Family(
+        architecture="Gemma3ForCausalLM",
+        defaults={
+            **_GEMMA,
+            "vocab_size": 262_208,
+            "max_position_embeddings": 131_072,
+            "final_logit_softcapping": None,
+            "attn_logit_softcapping": None,
+            "use_bidirectional_attention": False,
+        },
+        qkv_bias="attention_bias",
+        output_bias="attention_bias",
+        qk_norm="head_swapped",
+        norms=_GEMMA_NORMS,
+        rope_theta=1_000_000.0,
+        local_rope_theta=10_000.0,
+        sliding_every=6,
+    ),
+    "cohere": Family(
+        architecture="CohereForCausalLM",
+        defaults={**_COHERE, "use_qk_norm": False},
+        qkv_bias="attention_bias",
+        output_bias="attention_bias",
+        qk_norm="heads",
+        qk_norm_key="use_qk_norm",
+        norms=("input_layernorm",),
+        rope_theta=500_000.0,
+    ),
+    "cohere2": Family(
+        architecture="Cohere2ForCausalLM",
+        defaults={**_COHERE, "sliding_window": 4096, "layer_types": None},
+        qkv_bias="attention_bias",
+        output_bias="attention_bias",
+        norms=("input_layernorm",),
+        sliding_every=4,
+    ),
+    "olmo2": Family(
+        architecture="Olmo2ForCausalLM",
+        defaults={**_COMMON, **_7B, "vocab_size": 50_304, "rms_norm_eps": 1e-5, "attention_bias": False},
+        qkv_bias="attention_bias",
+        output_bias="attention_bias",
+        qk_norm="width",
+        norms=("post_attention_layernorm", "post_feedforward_layernorm"),
+    ),
+    "granite": Family(
+        architecture="GraniteForCausalLM",
+        defaults={
+            **_COMMON,
+            **_7B,
+            "vocab_size": 32_000,
+            "rms_norm_eps": 1e-6,
+            "attention_bias": False,
+            "mlp_bias": False,
+            "embedding_multiplier": 1.0,
+            "logits_scaling": 1.0,
+            "residual_multiplier": 1.0,
+            "attention_multiplier": 1.0,
+        },
+        qkv_bias="attention_bias",
+        output_bias="attention_bias",
+        ffn_bias="mlp_bias",
+    ),
+    "smollm3": Family(
+        architecture="SmolLM3ForCausalLM",
+        defaults={
+            **_COMMON,
+            "vocab_size": 128_256,
+            "hidden_size": 2048,
+            "intermediate_size": 11_008,
+            "num_hidden_layers": 36,
+            "num_attention_heads": 16,
+            "num_key_value_heads": 4,
+            "max_position_embeddings": 32_768,
+            "rms_norm_eps": 1e-6,
+            "attention_bias": False,
+            "mlp_bias": False,
+            "tie_word_embeddings": True,
+            "use_sliding_window": False,
+            "sliding_window": None,
+            "no_rope_layers": None,
+            "no_rope_layer_interval": 4,
+            "layer_types": None,
+        },
+        qkv_bias="attention_bias",
+        output_bias="attention_bias",
+        ffn_bias="mlp_bias",
+        rope_theta=2_000_000.0,
+    ),
+    "phi3": Family(
+        architecture="Phi3ForCausalLM",
+        defaults={
+            **_COMMON,
+            **_7B,
+            "vocab_size": 32_064,
+            "hidden_size": 3072,
+            "intermediate_size": 8192,
+            "max_position_embeddings": 4096,
+            "original_max_position_embeddings": 4096,
+            "rms_norm_eps": 1e-5,
+            "sliding_window": None,
+            "resid_pdrop": 0.0,
+            "embd_pdrop": 0.0,
+        },
+        qkv={"qkv_proj": ("query", "key", "value")},
+        ffn_in=("gate_up_proj",),
+        partial_rotary_factor=1.0,
+    ),
+    "starcoder2": Family(
+        architecture="Starcoder2ForCausalLM",
+        defaults={
+            **_COMMON,
+            "hidden_act": "gelu_pytorch_tanh",
+            "vocab_size": 49_152,
+            "hidden_size": 3072,
+            "intermediate_size": 12_288,
+            "num_hidden_layers": 30,
+            "num_attention_heads": 24,
+            "num_key_value_heads": 2,
+            "max_position_embeddings": 4096,
+            "norm_epsilon": 1e-5,
+            "sliding_window": None,
+            "residual_dropout": 0.0,
+            "embedding_dropout": 0.0,
+            "use_bias": True,
+            "tie_word_embeddings": True,
+        },
+        qkv_bias="use_bias",
+        output_bias="use_bias",
+        ffn_in=("c_fc",),
+        ffn_out="c_proj",
+        gated=False,
+        ffn_bias="use_bias",
+        norm_bias=True,
+    ),
+    "gpt_neox": Family(
+        architecture="GPTNeoXForCausalLM",
+        defaults={
+            **_COMMON,
+            "hidden_act": "gelu",
+            "vocab_size": 50_432,
+            "hidden_size": 6144,
+            "intermediate_size": 24_576,
+            "num_hidden_layers": 44,
+            "num_attention_heads": 64,
+            "layer_norm_eps": 1e-5,
+            "hidden_dropout": 0.0,
+            "use_parallel_residual": True,
+            "attention_bias": True,
+        },
+        base="gpt_neox",
+        attention="attention",
+        qkv={"query_key_value": ("query", "key", "value")},
+        qkv_by_head=True,
+        grouped_queries=False,
+        output="dense",
+        qkv_bias="attention_bias",
+        output_bias="attention_bias",
+        ffn_in=("dense_h_to_4h",),
+        ffn_out="dense_4h_to_h",
+        gated=False,
+        ffn_bias=True,
+        norm_bias=True,
+        embedding="embed_in",
+        final_norm="final_layer_norm",
+        head="embed_out",
+        partial_rotary_factor=0.25,
+        dropped=("rotary_emb.inv_freq", "attention.bias", "attention.masked_bias"),
+    ),
+}
+
+
+def config_values(family: Family, config: Mapping[str, Any]) -> dict[str, Any]:
+    """Every value of a config.json that decides what the model computes, defaults filled in, in one spelling.
+
+    Configs of transformers 4 and 5 spell rotary positions differently; both give one `rope` entry here.
+    """
+    values = {key: config.get(key, default) for key, default in family.defaults.items()}
+    if values.get("num_key_value_heads", 0) is None:
+        values["num_key_value_heads"] = values["num_attention_heads"]
+    if values.get("head_dim", 0) is None:
+        values["head_dim"] = values["hidden_size"] // max(1, values["num_attention_heads"])
+    if "use_sliding_window" in values and not values["use_sliding_window"]:
+        values["sliding_window"] = None
+    if "no_rope_layers" in values and values["no_rope_layers"] is None:
+        every = values["no_rope_layer_interval"]
+        values["no_rope_layers"] = [int((i + 1) % every != 0) for i in range(values["num_hidden_layers"])]
+    if "layer_types" in values and values["layer_types"] is None:
+        values["layer_types"] = _layer_types(family, config, values)
+    values["rope"] = _rope(family, config)
+    return values
+
+
+def _layer_types(family: Family, config: Mapping[str, Any], values: Mapping[str, Any]) -> list[str]:
+    layers = range(values["num_hidden_layers"])
+    if family.sliding_every:
+        every = config.get("sliding_window_pattern", family.sliding_every)
+        sliding = [(i + 1) % every != 0 for i in layers]
+    elif "no_rope_layers" in values:
+        sliding = [values["sliding_window"] is not None and not values["no_rope_layers"][i] for i in layers]
+    else:
+        sliding = [values["sliding_window"] is not None and i >= values["max_window_layers"] for i in layers]
+    return ["sliding_attention" if slides else "full_attention" for slides in sliding]
+
+
+def _rope(family: Family, config: Mapping[str, Any]) -> dict[str, Any]:
+    """Rotary positions in transformers 5's spelling, from either."""
+    scaling = config.get("rope_scaling") or {}
+    written = config.get("rope_parameters") or {}
+    theta = config.get("rope_theta", config.get("rotary_emb_base", family.rope_theta))
+    if family.local_rope_theta is not None:
+        full = {"rope_theta": theta, **scaling, **written.get("full_attention", {})}
+        local_theta = config.get("rope_local_base_freq", family.local_rope_theta)
+        local = {"rope_theta": local_theta, **written.get("sliding_attention", {})}
+        return {"full_attention": _rope_type(full), "sliding_attention": _rope_type(local)}
+    rope = {"rope_theta": theta}
+    if family.partial_rotary_factor is not None:
+        factor = config.get("rotary_pct", family.partial_rotary_factor)
+        rope["partial_rotary_factor"] = config.get("partial_rotary_factor", factor)
+    return _rope_type({**rope, **scaling, **written})
+
+
+def _rope_type(rope: dict[str, Any]) -> dict[str, Any]:
+    kind = rope.pop("type", None)  # transformers < 4.43
+    return {**rope, "rope_type": rope.get("rope_type", kind or "default")}
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """The sizes of a dense model, read off its config.json."""
+
+    vocab: int
+    hidden: int
+    inner: int
+    layers: int
+    heads: int
+    key_value_heads: int
+    head_dim: int
+
+    @property
+    def group(self) -> int:
+        """Query heads per key/value head."""
+        return self.heads // self.key_value_heads
+
+
+def find_family(config: Mapping[str, Any], where: str) -> Family:
+    """The table entry for a config.json.
+
+    Raises:
+        SeedError: no entry; the message lists those there are.
+    """
+    model_type = config.get("model_type")
+    if model_type not in FAMILIES:
+        known = ", ".join(sorted(FAMILIES))
+        raise SeedError(f"{where}: config.json says model_type {model_type!r}, which cannot be mixed; these can: {known}")
+    return FAMILIES[model_type]
+
+
+def read_sizes(family: Family, config: Mapping[str, Any], where: str) -> Sizes:
+    """The sizes in a config.json.
+
+    Raises:
+        SeedError: a size that is missing, no whole number, below 1 or beyond any model, or heads that do not divide.
+    """
+    values = config_values(family, {**config, **_whole_numbers(family, config, where)})
+    heads = values["num_attention_heads"]
+    sizes = Sizes(
+        vocab=values["vocab_size"],
+        hidden=values["hidden_size"],
+        inner=values["intermediate_size"],
+        layers=values["num_hidden_layers"],
+        heads=heads,
+        key_value_heads=values.get("num_key_value_heads", heads),
+        head_dim=values.get("head_dim", config.get("head_dim") or values["hidden_size"] // heads),
+    )
+    if sizes.heads % sizes.key_value_heads:
+        raise SeedError(
+            f"{where}: config.json says {sizes.heads} heads and {sizes.key_value_heads} key/value heads; "
+            "the first must be a multiple of the second"
+        )
+    return sizes
+
+
+def _whole_numbers(family: Family, config: Mapping[str, Any], where: str) -> dict[str, int]:
+    limits = {
+        "vocab_size": 2**24,
+        "hidden_size": 2**20,
+        "intermediate_size": 2**22,
+        "num_hidden_layers": 2**12,
+        "num_attention_heads": 2**14,
+        "num_key_value_heads": 2**14,
+        "head_dim": 2**16,
+    }
+    numbers: dict[str, int] = {}
+    for key, limit in limits.items():
+        value = config.get(key, family.defaults.get(key))
+        if value is None and key in ("num_key_value_heads", "head_dim"):
+            continue
+        if type(value) is not int or not 1 <= value <= limit:
+            raise SeedError(f"{where}: config.json says {key} = {value!r}, expected a whole number from 1 to {limit}")
+        numbers[key] = value
+    return numbers

@@ -1,0 +1,35 @@
+"""Seeds from the Hugging Face Hub."""
+
+import re
+from pathlib import Path
+
+from upcycle.errors import SeedError
+from upcycle.seeds import COPIED_FILES
+
+
+def download_seed(name: str, source: str) -> tuple[Path, str]:
+    """Download `repo` or `repo@revision` into the Hub's cache; return its folder and the commit it resolves to.
+
+    Raises:
+        SeedError: neither a folder nor a repository, or the Hub cannot be reached.
+    """
+    repo, _, revision = source.partition("@")
+    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", repo) or repo.startswith("."):
+        raise SeedError(f"seed '{name}': there is no folder {source}, and that is no name of a Hub repository either")
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
+
+    patterns = ["config.json", "*.safetensors", "model.safetensors.index.json", *COPIED_FILES]
+    try:
+        folder = Path(snapshot_download(repo, revision=revision or None, allow_patterns=patterns))
+    except RepositoryNotFoundError as error:
+        raise SeedError(
+            f"seed '{name}': there is neither a folder {source} nor a Hub repository of that name (or it is private: log in)"
+        ) from error
+    except LocalEntryNotFoundError as error:
+        raise SeedError(
+            f"seed '{name}': there is no folder {source}, and the Hub cannot be asked for a repository of that name"
+        ) from error
+    except (HfHubHTTPError, OSError, ValueError) as error:
+        raise SeedError(f"seed '{name}': {source} is no folder, and cannot be had from the Hub: {error}") from error
+    return folder, folder.name

@@ -1,0 +1,332 @@
+"""Runs a plan: raw bytes from the sources' files to the output's, in constant memory and at the disk's speed.
+
+Two threads take jobs of a few MiB from one list, so that reading, checking and writing overlap. A job either copies a
+stretch of bytes, assembles some rows of a strided tensor in a buffer, averages, or draws a router.
+"""
+
+import errno
+import hashlib
+import os
+import shutil
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from contextlib import ExitStack
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Final
+
+import numpy as np
+
+from upcycle.checkpoint import (
+    CONFIG,
+    INDEX,
+    ITEM_SIZE,
+    PROVENANCE,
+    Shard,
+    TensorInfo,
+    check_target,
+    free_bytes,
+    index_json,
+    plan_shards,
+    staging,
+    write_json,
+)
+from upcycle.errors import CheckpointError, OutputError, SeedError
+from upcycle.numeric import FLOATS, Array, first_not_finite, to_float32
+from upcycle.plan import MergePlan, Part, PlannedGroup, PlannedTensor, RandomInit, Source
+
+THREADS: Final = 2
+CHUNK: Final = 4 << 20  # bytes a job moves
+MEAN_CHUNK: Final = 1 << 20  # bytes of each source that a mean takes at once: its fp32 sums stay in the cache
+CONTIGUOUS: Final = 256 << 10  # blocks from this size on are copied by themselves, smaller ones assembled in a buffer
+MARGIN: Final = 64 << 20  # bytes of disk to leave free beside the output
+MAX_SHARD_SIZE: Final = 5_000_000_000
+
+
+@dataclass(frozen=True)
+class MergeResult:
+    """What a merge wrote, and how long it took."""
+
+    out: Path
+    bytes_written: int
+    seconds: float
+
+
+def merge(
+    plan: MergePlan,
+    out: Path,
+    *,
+    max_shard_size: int = MAX_SHARD_SIZE,
+    overwrite: bool = False,
+    progress: Callable[[int], None] | None = None,
+) -> MergeResult:
+    """Write a plan's checkpoint to `out`, whole or not at all.
+
+    Args:
+        plan: what to write.
+        out: the folder to make; nothing is visible there before everything is written.
+        max_shard_size: bytes of weights in one file.
+        overwrite: replace a former result at `out`.
+        progress: called with the number of bytes written since the last call.
+
+    Raises:
+        OutputError: the folder exists, the disk is full or cannot be written.
+        SeedError: a source holds a NaN or an infinity, or a value that the wanted dtype cannot hold.
+        CheckpointError: a source file became shorter or cannot be read.
+    """
+    began = time.monotonic()
+    check_target(out, overwrite, [source.folder for source in plan.sources])
+    free, needed = free_bytes(out.resolve().parent), plan.nbytes + MARGIN
+    if free < needed:
+        raise OutputError(f"output {out} needs {needed:,} bytes, but only {free:,} are free on that disk")
+    shards = plan_shards([(tensor.name, tensor.dtype, tensor.shape) for tensor in plan.tensors], max_shard_size)
+    try:
+        with staging(out) as partial:
+            _write_weights(plan, partial, shards, progress or (lambda _: None))
+            for name, source in plan.copied.items():
+                shutil.copyfile(source, partial / name)
+            if len(shards) > 1:
+                write_json(partial / INDEX, index_json(shards))
+            write_json(partial / PROVENANCE, {**plan.provenance, "plan": plan.digest()})
+            write_json(partial / CONFIG, plan.config)
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise OutputError(f"output {out}: the disk is full; nothing was kept. Free {needed:,} bytes and try again") from error
+        raise OutputError(f"output {out} cannot be written: {error}") from error
+    return MergeResult(out, sum(shard.size for shard in shards), time.monotonic() - began)
+
+
+def _write_weights(plan: MergePlan, folder: Path, shards: list[Shard], progress: Callable[[int], None]) -> None:
+    with ExitStack() as stack:
+        reader = _Reader(plan, stack)
+        targets: dict[str, tuple[int, int]] = {}
+        for shard in shards:
+            handle = stack.enter_context((folder / shard.name).open("wb", buffering=0))
+            os.truncate(handle.fileno(), shard.size)
+            os.pwrite(handle.fileno(), shard.header, 0)
+            targets |= {name: (handle.fileno(), offset) for name, offset in shard.offsets.items()}
+        _run(_jobs(plan, reader, targets), progress)
+        for descriptor in {descriptor for descriptor, _ in targets.values()}:
+            os.fsync(descriptor)
+
+
+Job = Callable[["_Buffers"], int]
+
+
+def _run(jobs: Iterator[Job], progress: Callable[[int], None]) -> None:
+    """Run jobs on a few threads; the first failure, or Ctrl-C, stops them all and is raised."""
+    lock, stop = threading.Lock(), threading.Event()
+
+    def work() -> None:
+        buffers = _Buffers()
+        while not stop.is_set():
+            with lock:
+                job = next(jobs, None)
+            if job is None:
+                return
+            written = job(buffers)
+            with lock:
+                progress(written)
+
+    with ThreadPoolExecutor(THREADS) as pool:
+        try:
+            futures = [pool.submit(work) for _ in range(THREADS)]
+            wait(futures, return_when=FIRST_EXCEPTION)
+        finally:
+            stop.set()
+        for future in futures:
+            future.result()
+
+
+class _Buffers:
+    """One thread's memory: everything a job needs, allocated once."""
+
+    def __init__(self) -> None:
+        self.source = np.empty(CHUNK, np.uint8)
+        self.scratch = np.empty(CHUNK, np.uint8)
+        self.target = np.empty(CHUNK, np.uint8)
+
+
+class _Reader:
+    """The sources' files, opened once, and checked reads from them."""
+
+    def __init__(self, plan: MergePlan, stack: ExitStack) -> None:
+        self.sources = plan.sources
+        self.descriptors: dict[Path, int] = {}
+        for file in sorted({info.file for source in plan.sources for info in source.tensors.values()}):
+            self.descriptors[file] = stack.enter_context(file.open("rb", buffering=0)).fileno()
+
+    def info(self, source: Source) -> TensorInfo:
+        return self.sources[source.checkpoint].tensors[source.tensor]
+
+    def read(self, source: Source, start: int, count: int, into: Array) -> Array:
+        """Read `count` elements from element `start` of the source's tensor; raw bytes."""
+        info = self.info(source)
+        item = ITEM_SIZE[info.dtype]
+        data = into[: count * item]
+        done = 0
+        while done < len(data):
+            got = os.preadv(self.descriptors[info.file], [data[done:].data], info.offset + start * item + done)
+            if not got:
+                raise CheckpointError(f"{info.file} ends before tensor '{source.tensor}' does; it became shorter meanwhile")
+            done += got
+        return data
+
+    def rows(self, source: Source, block: int, first: int, count: int, buffers: "_Buffers") -> Array:
+        """Read `count` rows of `block` elements, checked to be finite; raw bytes, one row after another."""
+        info = self.info(source)
+        item = ITEM_SIZE[info.dtype]
+        start = source.start + first * source.stride
+        if source.stride == block:
+            data = self.read(source, start, count * block, buffers.source)
+        else:
+            span = (count - 1) * source.stride + block
+            raw = self.read(source, start, span, buffers.source)
+            shape, strides = (count, block * item), (source.stride * item, 1)
+            data = np.lib.stride_tricks.as_strided(raw, shape, strides).reshape(-1)  # copies: rows side by side
+        self.check_finite(source, data, buffers.scratch, start, block)
+        return data
+
+    def check_finite(self, source: Source, data: Array, scratch: Array, start: int, block: int) -> None:
+        info = self.info(source)
+        found = first_not_finite(data, info.dtype, scratch)
+        if found is None:
+            return
+        element = start + found // block * source.stride + found % block
+        index = [int(i) for i in np.unravel_index(element, info.shape)]
+        value = to_float32(data.tobytes(), info.dtype)[found]
+        name = self.sources[source.checkpoint].name
+        raise SeedError(
+            f"seed '{name}': tensor '{source.tensor}' holds {value} at {index}, expected finite numbers; "
+            "the training of this seed diverged, or the file is damaged"
+        )
+
+
+def _jobs(plan: MergePlan, reader: _Reader, targets: Mapping[str, tuple[int, int]]) -> Iterator[Job]:
+    for tensor in plan.tensors:
+        descriptor, offset = targets[tensor.name]
+        if tensor.init:
+            yield _init_job(plan.random_seed, tensor, tensor.init, descriptor, offset)
+        for group in tensor.groups:
+            yield from _group_jobs(reader, tensor.dtype, group, descriptor, offset)
+            offset += group.rows * group.width * ITEM_SIZE[tensor.dtype]
+
+
+def _group_jobs(reader: _Reader, dtype: str, group: PlannedGroup, descriptor: int, offset: int) -> Iterator[Job]:
+    item = ITEM_SIZE[dtype]
+    # The widest of the output's row and of each source's stride, which all must fit a buffer in up to 4 bytes.
+    widest = max(group.width, *(source.stride for part in group.parts for source in part.sources))
+    if group.rows == 1 or 4 * widest > CHUNK or all(part.block * item >= CONTIGUOUS for part in group.parts):
+        for row in range(group.rows):
+            for part in group.parts:
+                yield from _block_jobs(reader, dtype, part, row, descriptor, offset)
+                offset += part.block * item
+        return
+    step = CHUNK // (4 * widest)
+    for first in range(0, group.rows, step):
+        count = min(step, group.rows - first)
+        yield _rows_job(reader, dtype, group, first, count, descriptor, offset + first * group.width * item)
+
+
+def _block_jobs(reader: _Reader, dtype: str, part: Part, row: int, descriptor: int, offset: int) -> Iterator[Job]:
+    """One block, in stretches that fit the buffers."""
+    item = ITEM_SIZE[dtype]
+    step = (CHUNK if len(part.sources) == 1 else MEAN_CHUNK) // 4
+
+    def job(start: int, count: int) -> Job:
+        sources = [
+            Source(s.checkpoint, s.tensor, s.start + row * s.stride + start, count) for s in part.sources
+        ]
+
+        def run(buffers: _Buffers) -> int:
+            data = _mix(reader, dtype, sources, part.weights, count, 0, 1, buffers)
+            return _write(descriptor, data, offset + start * item)
+
+        return run
+
+    for start in range(0, part.block, step):
+        yield job(start, min(step, part.block - start))
+
+
+def _rows_job(
+    reader: _Reader, dtype: str, group: PlannedGroup, first: int, count: int, descriptor: int, offset: int
+) -> Job:
+    """Some rows of a group, assembled side by side."""
+    item = ITEM_SIZE[dtype]
+
+    def run(buffers: _Buffers) -> int:
+        rows = buffers.target[: count * group.width * item].reshape(count, -1)
+        column = 0
+        for part in group.parts:
+            width = part.block * item
+            data = _mix(reader, dtype, part.sources, part.weights, part.block, first, count, buffers)
+            rows[:, column : column + width] = data.reshape(count, width)
+            column += width
+        return _write(descriptor, rows.reshape(-1), offset)
+
+    return run
+
+
+def _mix(
+    reader: _Reader,
+    dtype: str,
+    sources: tuple[Source, ...] | list[Source],
+    weights: tuple[float, ...],
+    block: int,
+    first: int,
+    count: int,
+    buffers: _Buffers,
+) -> Array:
+    """Rows of one source as `dtype`, or the mean of several: summed in fp32, scaled once, cast once; raw bytes."""
+    if len(sources) == 1:
+        info = reader.info(sources[0])
+        data = reader.rows(sources[0], block, first, count, buffers)
+        return data if info.dtype == dtype else _cast(reader, sources, to_float32(data.data, info.dtype), dtype, buffers)
+    equal = len(set(weights)) == 1
+    total: Array | None = None
+    for source, weight in zip(sources, weights, strict=True):
+        values = to_float32(reader.rows(source, block, first, count, buffers).data, reader.info(source).dtype)
+        if not equal:
+            values *= np.float32(weight)
+        if total is None:
+            total = values
+        else:
+            total += values
+    assert total is not None
+    if equal:
+        total /= np.float32(len(sources))
+    return _cast(reader, sources, total, dtype, buffers)
+
+
+def _cast(
+    reader: _Reader, sources: tuple[Source, ...] | list[Source], values: Array, dtype: str, buffers: _Buffers
+) -> Array:
+    with np.errstate(over="ignore"):
+        data = values.astype(FLOATS[dtype], copy=False).view(np.uint8)
+    found = first_not_finite(data, dtype, buffers.scratch)
+    if found is not None:
+        names = ", ".join(f"'{reader.sources[source.checkpoint].name}'" for source in sources)
+        raise SeedError(
+            f"seed {names}: tensor '{sources[0].tensor}' holds {values[found]:g}, which {dtype} cannot hold; take another --dtype"
+        )
+    return data
+
+
+def _init_job(random_seed: int, tensor: PlannedTensor, init: RandomInit, descriptor: int, offset: int) -> Job:
+    def run(_: _Buffers) -> int:
+        # The legacy generator's stream is frozen by numpy's own policy, so the same plan gives the same router anywhere.
+        words = np.frombuffer(hashlib.sha256(f"{random_seed}:{tensor.name}".encode()).digest(), np.uint32)
+        values = np.random.RandomState(words).standard_normal(prod(tensor.shape)) * init.std
+        return _write(descriptor, values.astype(np.float32).astype(FLOATS[tensor.dtype]).view(np.uint8), offset)
+
+    return run
+
+
+def _write(descriptor: int, data: Array, offset: int) -> int:
+    done = 0
+    while done < len(data):
+        done += os.pwrite(descriptor, data[done:].data, offset + done)
+    return done

@@ -1,0 +1,91 @@
+"""Configuration of a BAM mixture (Branch-Attend-Mix, arXiv:2408.08274): the seed's own config, and what is mixed.
+
+This file travels inside each checkpoint and needs nothing but transformers.
+"""
+
+from transformers import AutoConfig, PretrainedConfig
+
+# What engines read off the top level, copied from the seed's config.
+_SHOWN = (
+    *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "max_position_embeddings"),
+    *("bos_token_id", "eos_token_id", "pad_token_id", "tie_word_embeddings", "initializer_range"),
+    *("layer_types", "sliding_window", "dtype"),
+)
+
+
+class BamConfig(PretrainedConfig):
+    """A mixture of `num_experts` dense models of one family.
+
+    Args:
+        dense_config: the seed's config, untouched; a dict or a config object.
+        dense_layout: how the seed's modules are named and shaped: `attention` and `output` (names), `projections` (name
+            to the list of query, key, value it holds), `qk_norm` (None, "head", "head_swapped", "width", "heads"),
+            `gated` (the FFN), `fused_by_head`. Llama's names by default.
+        num_experts: N, FFN experts and (with `attention_experts`) attention experts in every layer.
+        num_experts_per_tok: k, FFN experts a token uses.
+        norm_topk_prob: rescale the selected gates to sum to 1; the paper does not.
+        attention_experts: attention is a soft mixture of N attention experts, else one dense attention.
+        shared_key_value: the attention experts share keys and values.
+        router_aux_loss_coef: weight of the load-balance loss.
+        router_z_loss_coef: weight of the z-loss.
+        output_router_logits: return router logits, and add both losses to the loss.
+        format_version: of the checkpoint's tensors.
+    """
+
+    model_type = "bam"
+    sub_configs = {"dense_config": AutoConfig}
+    has_no_defaults_at_init = True
+
+    def __init__(
+        self,
+        dense_config=None,
+        dense_layout=None,
+        num_experts=4,
+        num_experts_per_tok=1,
+        norm_topk_prob=False,
+        attention_experts=True,
+        shared_key_value=False,
+        router_aux_loss_coef=0.01,
+        router_z_loss_coef=0.001,
+        output_router_logits=False,
+        format_version=1,
+        **kwargs,
+    ):
+        if isinstance(dense_config, dict):
+            dense_config = AutoConfig.for_model(**dense_config)
+        self.dense_config = dense_config
+        self.dense_layout = {
+            "attention": "self_attn",
+            "projections": {"q_proj": ["query"], "k_proj": ["key"], "v_proj": ["value"]},
+            "output": "o_proj",
+            "qk_norm": None,
+            "gated": True,
+            "fused_by_head": False,
+            **(dense_layout or {}),
+        }
+        self.num_experts = num_experts
+        self.num_experts_per_tok = num_experts_per_tok
+        self.norm_topk_prob = norm_topk_prob
+        self.attention_experts = attention_experts
+        self.shared_key_value = shared_key_value
+        self.router_aux_loss_coef = router_aux_loss_coef
+        self.router_z_loss_coef = router_z_loss_coef
+        self.output_router_logits = output_router_logits
+        self.format_version = format_version
+        if dense_config is not None:
+            heads = dense_config.num_attention_heads
+            key_value_heads = getattr(dense_config, "num_key_value_heads", None) or heads
+            self.dense_key_value_heads = key_value_heads
+            wide = num_experts if attention_experts else 1
+            # One cache serves every expert, so generation needs the widened counts.
+            kwargs["num_attention_heads"] = heads * wide
+            kwargs["num_key_value_heads"] = key_value_heads * (1 if shared_key_value else wide)
+            kwargs["head_dim"] = getattr(dense_config, "head_dim", None) or dense_config.hidden_size // heads
+            for key in _SHOWN:
+                if hasattr(dense_config, key):
+                    kwargs.setdefault(key, getattr(dense_config, key))
+        super().__init__(**kwargs)
+
+    def to_dict(self):
+        """Plain data; what follows from `dense_config` alone is left out."""
+        return {key: value for key, value in super().to_dict().items() if key != "dense_key_value_heads"}

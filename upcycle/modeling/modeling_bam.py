@@ -1,0 +1,392 @@
+"""The BAM model (Branch-Attend-Mix, arXiv:2408.08274): the seed's own model, widened.
+
+A soft mixture of N attention experts is the seed's attention with N times as many heads, whose heads are scaled by
+their expert's gate before one wide output projection: sum_i g_i (o_i W_i) = concat_i(g_i o_i) concat_i(W_i). So the model
+is built from the seed family's own class, and each layer changes in two places: the attention's projections are widened
+and its output projection gated, and the MLP becomes routed experts. Everything else (block order, norms, positions,
+masks, caches, attention kernels) is the family's.
+
+This file travels inside each checkpoint and needs nothing but torch and transformers.
+
+Axes: B batch, S sequence, T tokens (B * S), N experts, K experts per token, D hidden, I inner, H heads, d head_dim.
+"""
+
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoModel, AutoModelForCausalLM, GenerationMixin, PreTrainedModel
+from transformers import initialization as init
+from transformers.activations import ACT2FN
+from transformers.integrations.moe import use_experts_implementation
+from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.utils.generic import can_return_tuple
+
+from .configuration_bam import BamConfig
+
+
+def _softmax(logits: torch.Tensor) -> torch.Tensor:
+    """Gates from router logits, in fp32 or better."""
+    return logits.softmax(-1, dtype=torch.promote_types(logits.dtype, torch.float32))
+
+
+@use_experts_implementation
+class BamExperts(nn.Module):
+    """N FFNs stacked in transformers' own layout, so that its experts switch (eager, grouped_mm, ...) serves them.
+
+    Parameters: gated `gate_up_proj [N, 2I, D]` or plain `up_proj [N, I, D]`, and `down_proj [N, D, I]`; with biases
+    `gate_up_proj_bias [N, 2I]` or `up_proj_bias [N, I]`, and `down_proj_bias [N, D]`.
+    """
+
+    def __init__(self, config: BamConfig, gated: bool, bias: bool):
+        super().__init__()
+        dense = config.dense_config
+        experts, hidden, inner = config.num_experts, dense.hidden_size, dense.intermediate_size
+        self.num_experts = experts
+        self.act_fn = ACT2FN[getattr(dense, "hidden_activation", None) or dense.hidden_act]
+        self.input_name = "gate_up_proj" if gated else "up_proj"
+        rows = 2 * inner if gated else inner
+        self.register_parameter(self.input_name, nn.Parameter(torch.empty(experts, rows, hidden)))
+        self.down_proj = nn.Parameter(torch.empty(experts, hidden, inner))
+        if bias:
+            self.register_parameter(f"{self.input_name}_bias", nn.Parameter(torch.empty(experts, rows)))
+            self.down_proj_bias = nn.Parameter(torch.empty(experts, hidden))
+
+    def forward(
+        self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+    ) -> torch.Tensor:
+        """Sum over the K selected experts of gate * FFN; `[T, D]`, indices and gates `[T, K]`; loops over experts."""
+        wide_in, bias_in = getattr(self, self.input_name), getattr(self, f"{self.input_name}_bias", None)
+        bias_out = getattr(self, "down_proj_bias", None)
+        result = torch.zeros_like(hidden_states)
+        for expert in range(self.num_experts):
+            token, slot = (top_k_index == expert).nonzero(as_tuple=True)
+            inner = nn.functional.linear(
+                hidden_states[token], wide_in[expert], None if bias_in is None else bias_in[expert]
+            )
+            if self.has_gate:
+                gate, up = inner.chunk(2, dim=-1)
+                inner = self.act_fn(gate) * up
+            else:
+                inner = self.act_fn(inner)
+            out = nn.functional.linear(inner, self.down_proj[expert], None if bias_out is None else bias_out[expert])
+            result = result.index_add(0, token, out * top_k_weights[token, slot, None])
+        return result
+
+
+class BamFeedForward(nn.Module):
+    """Routed FFN experts: y = sum over the top k of p_i(x) FFN_i(x), p = softmax(W_r x) (arXiv:2408.08274, section 3)."""
+
+    def __init__(self, config: BamConfig, mlp: nn.Module):
+        super().__init__()
+        self.top_k = config.num_experts_per_tok
+        self.normalize = config.norm_topk_prob
+        self.dropout = getattr(mlp, "residual_dropout", 0.0)  # StarCoder2's MLP ends with one
+        gated = config.dense_layout["gated"]
+        bias = any(name.endswith("bias") for name, _ in mlp.named_parameters())
+        self.router = nn.Linear(config.hidden_size, config.num_experts, bias=False)
+        self.experts = BamExperts(config, gated, bias)
+        self.experts.has_gate, self.experts.has_bias = gated, bias
+        self.router_logits: torch.Tensor | None = None
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """Mix `[..., D]`; the router's logits `[T, N]` stay behind for the losses."""
+        tokens = hidden_states.reshape(-1, hidden_states.shape[-1])
+        self.router_logits = self.router(tokens)
+        gates, experts = _softmax(self.router_logits).topk(self.top_k, dim=-1)
+        if self.normalize:
+            gates = gates / gates.sum(-1, keepdim=True)
+        mixed = self.experts(tokens, experts, gates.to(tokens.dtype)).reshape(hidden_states.shape)
+        return nn.functional.dropout(mixed, self.dropout, self.training) if self.dropout else mixed
+
+
+class GatedOutput(nn.Module):
+    """The wide output projection: heads scaled by their expert's gate, y = sum_i g_i(x) o_i W_i, g = softmax(W_a x).
+
+    The projection is an inner plain `linear`, so that adapters and quantisers may replace it. `bias` is `[N, D]`, one an
+    expert, gated like the weights.
+    """
+
+    def __init__(self, output: nn.Linear, config: BamConfig):
+        super().__init__()
+        self.experts, self.key_value_heads = config.num_experts, config.dense_key_value_heads
+        self.linear = nn.Linear(self.experts * output.in_features, output.out_features, bias=False)
+        self.bias = nn.Parameter(torch.empty(self.experts, output.out_features)) if output.bias is not None else None
+        self.router = nn.Linear(config.hidden_size, self.experts, bias=False)
+        self.router_logits: torch.Tensor | None = None
+
+    def route(self, hidden_states: torch.Tensor) -> None:
+        """Take the router's logits from the attention's input `[B, S, D]`."""
+        self.router_logits = self.router(hidden_states)
+
+    def forward(self, heads: torch.Tensor) -> torch.Tensor:
+        """Heads `[B, S, H * N * d]`, ordered (key/value head, expert, head in its group), to `[B, S, D]`."""
+        gates = _softmax(self.router_logits).to(heads.dtype)
+        gated = heads.unflatten(-1, (self.key_value_heads, self.experts, -1)) * gates[..., None, :, None]
+        output = self.linear(gated.flatten(-3))
+        return output if self.bias is None else output + gates @ self.bias
+
+
+class ExpertNorm(nn.Module):
+    """The family's own norm of queries or keys, with one weight per expert instead of one in all.
+
+    The heads are viewed as (key/value head, expert, head in its group), so that a weight `[N, 1, d]` ("head"),
+    `[N, 1, 1, d]` ("head_swapped": heads before positions) or `[N, W]` ("width": one norm over an expert's whole width)
+    broadcasts in the norm's own code.
+    """
+
+    def __init__(self, norm: nn.Module, kind: str, config: BamConfig):
+        super().__init__()
+        between = {"head": (1,), "head_swapped": (1, 1), "width": ()}[kind]
+        norm.weight = nn.Parameter(torch.empty(config.num_experts, *between, norm.weight.shape[-1]))
+        self.norm = norm
+        self.kind, self.experts, self.key_value_heads = kind, config.num_experts, config.dense_key_value_heads
+
+    def forward(self, states: torch.Tensor) -> torch.Tensor:
+        """Normalise `[B, S, H, d]`, `[B, H, S, d]` or `[B, S, H * d]`, by kind."""
+        sizes = (self.key_value_heads, self.experts, -1)
+        if self.kind == "head":
+            return self.norm(states.unflatten(-2, sizes)).flatten(-4, -2)
+        if self.kind == "head_swapped":
+            return self.norm(states.unflatten(-3, sizes)).flatten(-5, -3)
+        by_expert = states.unflatten(-1, sizes).transpose(-3, -2)
+        normed = self.norm(by_expert.flatten(-2)).unflatten(-1, (self.key_value_heads, -1))
+        return normed.transpose(-3, -2).flatten(-3)
+
+
+class WideConfig:
+    """The seed's config as seen by an attention that splits one fused projection by the config's head counts (Phi3)."""
+
+    def __init__(self, config: Any, **widened: int):
+        self._config = config
+        self.__dict__.update(widened)
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__") or name == "_config":
+            raise AttributeError(name)
+        return getattr(self._config, name)
+
+
+def widen(dense: PreTrainedModel, config: BamConfig) -> None:
+    """Turn a family's own model into the mixture, in place."""
+    for layer in dense.base_model.layers:
+        if config.attention_experts:
+            _widen_attention(getattr(layer, config.dense_layout["attention"]), dense.config, config)
+        layer.mlp = BamFeedForward(config, layer.mlp)
+
+
+def _widen_attention(attention: nn.Module, dense_config: Any, config: BamConfig) -> None:
+    layout, experts = config.dense_layout, config.num_experts
+    copies = {"query": experts, "key": experts, "value": experts}
+    if config.shared_key_value:
+        copies["key"] = copies["value"] = 1
+        attention.num_key_value_groups *= experts
+    shares = {"query": dense_config.num_attention_heads // config.dense_key_value_heads, "key": 1, "value": 1}
+    for name, parts in layout["projections"].items():
+        dense = getattr(attention, name)
+        unit = dense.out_features // sum(shares[part] for part in parts)
+        rows = sum(unit * shares[part] * copies[part] for part in parts)
+        setattr(attention, name, nn.Linear(dense.in_features, rows, bias=dense.bias is not None))
+    if layout["qk_norm"] is not None:
+        for name, part in (("q_norm", "query"), ("k_norm", "key")):
+            norm = getattr(attention, name)
+            if layout["qk_norm"] == "heads":
+                norm.weight = nn.Parameter(torch.empty(copies[part] * norm.weight.shape[0], norm.weight.shape[1]))
+            elif copies[part] > 1:
+                setattr(attention, name, ExpertNorm(norm, layout["qk_norm"], config))
+    if len(layout["projections"]) == 1 and not layout["fused_by_head"]:
+        counts = {"num_attention_heads": config.num_attention_heads, "num_key_value_heads": config.num_key_value_heads}
+        attention.config = WideConfig(dense_config, **counts)
+        attention.num_key_value_heads = config.num_key_value_heads
+    setattr(attention, layout["output"], GatedOutput(getattr(attention, layout["output"]), config))
+    # The router reads what the attention reads. Named, not bound, so that copies of the model route by their own.
+    attention.register_forward_pre_hook(partial(_route, layout["output"]), with_kwargs=True)
+
+
+def _route(output: str, attention: nn.Module, args: tuple, kwargs: dict) -> None:
+    getattr(attention, output).route(kwargs["hidden_states"] if "hidden_states" in kwargs else args[0])
+
+
+@dataclass
+class BamCausalLMOutput(CausalLMOutputWithPast):
+    """The usual output and, per layer, the routers' logits: `router_logits` of the FFN, `attention_router_logits`.
+
+    `loss` = NLL + sum over layers (alpha * L_LB + beta * L_z); `load_balance_loss` and `z_loss` are the two sums over
+    layers, before their weights. Logits are `[T, N]`.
+    """
+
+    load_balance_loss: torch.Tensor | None = None
+    z_loss: torch.Tensor | None = None
+    router_logits: tuple[torch.Tensor, ...] | None = None
+    attention_router_logits: tuple[torch.Tensor, ...] | None = None
+
+
+def _token_mean(values: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+    """Mean over tokens `[T, ...]`, those that `mask [T]` leaves out not counted."""
+    if mask is None:
+        return values.mean(0)
+    return torch.einsum("t...,t->...", values, mask.to(values.dtype)) / mask.sum().clamp(min=1)
+
+
+def load_balance_loss(logits: torch.Tensor, top_k: int, mask: torch.Tensor | None = None) -> torch.Tensor:
+    """L_LB = N sum_i f_i P_i: f_i the fraction of tokens routed to expert i, P_i the mean of p_i (arXiv:2408.08274)."""
+    probabilities = _softmax(logits)
+    chosen = torch.zeros_like(probabilities).scatter(-1, probabilities.topk(top_k, dim=-1).indices, 1.0)
+    return logits.shape[-1] * (_token_mean(chosen, mask) * _token_mean(probabilities, mask)).sum()
+
+
+def z_loss(logits: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
+    """L_z = mean over tokens of (logsumexp of the router's logits)^2 (arXiv:2202.08906, equation 5)."""
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    return _token_mean(logits.logsumexp(-1).square(), mask)
+
+
+class BamPreTrainedModel(PreTrainedModel):
+    """What both BAM classes share: the widened model, and access to it."""
+
+    config_class = BamConfig
+    base_model_prefix = "dense"
+    supports_gradient_checkpointing = True
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+    _can_compile_fullgraph = True
+
+    def _build(self, auto_class: type) -> PreTrainedModel:
+        config = self.config
+        dense = auto_class.from_config(
+            config.dense_config, dtype=torch.get_default_dtype(), attn_implementation=config._attn_implementation
+        )
+        config.dense_config = dense.config  # from_config copies it; one object keeps switches in step
+        widen(dense, config)
+        return dense
+
+    def initialize_weights(self) -> None:
+        """Initialise what no file gave; the family's own code does not know the experts."""
+        super().initialize_weights()
+        std = getattr(self.config, "initializer_range", None) or 0.02
+        for module in self.modules():
+            if isinstance(module, (BamExperts, GatedOutput)):
+                for name, parameter in module.named_parameters(recurse=False):
+                    if name.endswith("bias"):
+                        init.zeros_(parameter)
+                    else:
+                        init.normal_(parameter, mean=0.0, std=std)
+
+    def _inner(self) -> PreTrainedModel:
+        raise NotImplementedError
+
+    def get_input_embeddings(self) -> nn.Module:
+        """The seed's token embedding."""
+        return self._inner().get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        """Replace the token embedding."""
+        self._inner().set_input_embeddings(value)
+
+
+class BamModel(BamPreTrainedModel):
+    """The mixture without its output head."""
+
+    _keys_to_ignore_on_load_unexpected = [r"lm_head\.weight", r"embed_out\.weight"]
+
+    def __init__(self, config: BamConfig):
+        super().__init__(config)
+        inner = self._build(AutoModel)
+        # The name under which the family's causal class holds it, so that both classes read the same checkpoint.
+        setattr(self, inner.base_model_prefix, inner)
+        self.post_init()
+
+    def _inner(self) -> PreTrainedModel:
+        return next(child for child in self.children() if isinstance(child, PreTrainedModel))
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The family's own forward: hidden states `[B, S, D]`."""
+        return self._inner()(*args, **kwargs)
+
+
+class BamForCausalLM(BamPreTrainedModel, GenerationMixin):
+    """The mixture as a causal language model."""
+
+    def __init__(self, config: BamConfig):
+        super().__init__(config)
+        self.dense = self._build(AutoModelForCausalLM)
+        self.post_init()
+
+    def _inner(self) -> PreTrainedModel:
+        return self.dense
+
+    def get_output_embeddings(self) -> nn.Module:
+        """The seed's output head."""
+        return self.dense.get_output_embeddings()
+
+    def set_output_embeddings(self, value: nn.Module) -> None:
+        """Replace the output head."""
+        self.dense.set_output_embeddings(value)
+
+    def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> nn.Module:
+        """Resize both embeddings, and keep the seed's config in step."""
+        embedding = super().resize_token_embeddings(*args, **kwargs)
+        self.config.dense_config.vocab_size = self.dense.vocab_size = self.config.vocab_size
+        return embedding
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        labels: torch.LongTensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        output_router_logits: bool | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """The family's own forward; with `output_router_logits` a `BamCausalLMOutput` with the routers' losses."""
+        outputs = self.dense(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            inputs_embeds=inputs_embeds,
+            labels=labels,
+            use_cache=use_cache,
+            logits_to_keep=logits_to_keep,
+            **kwargs,
+        )
+        ffn_logits, attention_logits = self._take_router_logits()
+        if not (self.config.output_router_logits if output_router_logits is None else output_router_logits):
+            return outputs
+        mask = None
+        if attention_mask is not None and attention_mask.dim() == 2:
+            mask = attention_mask[:, -outputs.logits.shape[1] :] if logits_to_keep == 0 else attention_mask
+            mask = mask.reshape(-1).bool() if mask.numel() == len(ffn_logits[0]) else None
+        device = outputs.logits.device  # layers may lie on several
+        balance = sum(load_balance_loss(x.to(device), self.config.num_experts_per_tok, mask) for x in ffn_logits)
+        z = sum(z_loss(x.to(device), mask) for x in (*ffn_logits, *attention_logits))
+        loss = outputs.loss
+        if loss is not None:
+            loss = loss + self.config.router_aux_loss_coef * balance + self.config.router_z_loss_coef * z
+        return BamCausalLMOutput(
+            **{**outputs, "loss": loss},
+            load_balance_loss=balance,
+            z_loss=z,
+            router_logits=ffn_logits,
+            attention_router_logits=attention_logits or None,
+        )
+
+    def _take_router_logits(self) -> tuple[tuple[torch.Tensor, ...], tuple[torch.Tensor, ...]]:
+        """The logits `[T, N]` that each layer's routers left in this forward; taken away, so that no graph outlives it."""
+        ffn, attention = [], []
+        for layer in self.dense.base_model.layers:
+            ffn.append(layer.mlp.router_logits)
+            layer.mlp.router_logits = None
+            if self.config.attention_experts:
+                layout = self.config.dense_layout
+                output = getattr(getattr(layer, layout["attention"]), layout["output"])
+                attention.append(output.router_logits.flatten(0, -2))
+                output.router_logits = None
+        return tuple(ffn), tuple(attention)

@@ -1,0 +1,398 @@
+"""The plan of a merge: every output tensor with its sources, made from headers alone and checked before a byte moves."""
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from math import prod
+from pathlib import Path
+from typing import Any, Final
+
+from upcycle.checkpoint import ITEM_SIZE, TensorInfo
+from upcycle.errors import RecipeError, SeedError, did_you_mean
+from upcycle.families import Family, config_values
+from upcycle.layout import Group, Layout, MixtureTensor, make_layout
+from upcycle.numeric import TORCH_NAMES
+from upcycle.recipe import EXPERTS, SEED_PREFIX, WEIGHTED, Recipe
+from upcycle.seeds import COPIED_FILES, Seed, check_related, check_tensors, fingerprint, sample
+from upcycle.version import __version__
+
+FORMAT_VERSION: Final = 1
+MODELING_FILES: Final = ("configuration_bam.py", "modeling_bam.py")
+
+
+@dataclass(frozen=True)
+class Source:
+    """A region of one source tensor: the group's rows, each the part's block of elements, `stride` apart from `start`."""
+
+    checkpoint: int
+    tensor: str
+    start: int
+    stride: int
+
+
+@dataclass(frozen=True)
+class Part:
+    """One block of a group's row: the copy of one source, or the weighted mean of several, in fp32 with one cast."""
+
+    block: int
+    sources: tuple[Source, ...]
+    weights: tuple[float, ...] = (1.0,)
+
+
+@dataclass(frozen=True)
+class PlannedGroup:
+    """`rows` rows, each the parts' blocks side by side, laid into the output one after another."""
+
+    rows: int
+    parts: tuple[Part, ...]
+
+    @property
+    def width(self) -> int:
+        """Elements of one row."""
+        return sum(part.block for part in self.parts)
+
+
+@dataclass(frozen=True)
+class RandomInit:
+    """A router's start: normal with this standard deviation (0: zeros), from the plan's random seed and its name."""
+
+    std: float
+
+
+@dataclass(frozen=True)
+class PlannedTensor:
+    """One output tensor: assembled from groups, or initialised."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    groups: tuple[PlannedGroup, ...] = ()
+    init: RandomInit | None = None
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes in the output file."""
+        return prod(self.shape) * ITEM_SIZE[self.dtype]
+
+
+@dataclass(frozen=True)
+class SourceCheckpoint:
+    """What a plan reads from: a seed's (or a mixture's) name, folder and tensors."""
+
+    name: str
+    folder: Path
+    tensors: Mapping[str, TensorInfo]
+
+
+@dataclass(frozen=True)
+class MergePlan:
+    """Everything a merge does, as plain data.
+
+    Attributes:
+        format: "bam" or "dense".
+        sources: the checkpoints that `Source.checkpoint` counts.
+        tensors: the output tensors in the order in which they are written.
+        config: the output's config.json.
+        provenance: its upcycle.json, without the plan's hash.
+        random_seed: from which routers are initialised.
+        copied: files taken over byte for byte, by the output's name.
+    """
+
+    format: str
+    num_experts: int
+    sources: tuple[SourceCheckpoint, ...]
+    tensors: tuple[PlannedTensor, ...]
+    config: Mapping[str, Any]
+    provenance: Mapping[str, Any]
+    random_seed: int
+    copied: Mapping[str, Path]
+    layout: Layout
+    recipe: Recipe
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all output tensors."""
+        return sum(tensor.nbytes for tensor in self.tensors)
+
+    def digest(self) -> str:
+        """SHA-256 of what the plan does; no path and no time enters it."""
+        table = [
+            {"name": t.name, "dtype": t.dtype, "shape": t.shape, "groups": [asdict(g) for g in t.groups], "init": t.init and t.init.std}
+            for t in self.tensors
+        ]
+        text = json.dumps([table, dict(self.config), dict(self.provenance), self.random_seed], sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()
+
+
+def plan_merge(
+    recipe: Recipe,
+    seeds: Sequence[Seed],
+    *,
+    dtype: str | None = None,
+    num_experts: int | None = None,
+    random_seed: int = 0,
+    allow_unrelated: bool = False,
+) -> MergePlan:
+    """Plan the merge of `seeds` by `recipe`; reads nothing but headers and a 4 KiB sample of every tensor.
+
+    Args:
+        recipe: how each role is mixed.
+        seeds: the experts, in their order; with `recipe.copies` the one seed to copy.
+        dtype: "BF16", "F16" or "F32" to convert every tensor, None to keep the seeds' own.
+        num_experts: copies of the seed; only with `recipe.copies`.
+        random_seed: for the routers.
+        allow_unrelated: skip the check that the seeds share an ancestor.
+
+    Raises:
+        RecipeError, SeedError, CheckpointError: what cannot be served, before anything is written.
+    """
+    experts = count_experts(recipe, len(seeds), num_experts)
+    check_recipe(recipe, seeds[0].family, experts, seeds[0].config["model_type"])
+    _check_names(recipe, seeds)
+    first = seeds[0]
+    layout = make_layout(first.family, first.sizes, first.values, recipe, experts)
+    dropped = {seed.name: check_tensors(seed, layout.dense, layout.tied) for seed in seeds}
+    _check_dtypes(seeds, layout.dense, dtype)
+    samples = [sample(seed) for seed in seeds]
+    if not allow_unrelated:
+        check_related(seeds, samples)
+
+    table_name = f"{first.family.base}.{first.family.embedding}.weight"
+    main_dtype = dtype or first.tensors[table_name].dtype
+    planner = _Planner(recipe, seeds, experts, dtype, main_dtype)
+    tensors = tuple(planner.tensor(tensor) for tensor in layout.mixture)
+    is_bam = recipe.ffn_experts
+    config = bam_config(first.config, layout, recipe, experts, main_dtype) if is_bam else _dense_config(first.config, dtype)
+    provenance = {
+        "upcycle_version": __version__,
+        "format": "bam" if is_bam else "dense",
+        "recipe": recipe.resolved(),
+        "seeds": [
+            {"name": seed.name, "revision": seed.revision, "fingerprint": fingerprint(seed, taken), "dropped": dropped[seed.name]}
+            for seed, taken in zip(seeds, samples, strict=True)
+        ],
+        "experts": planner.expert_names() if is_bam else [],
+        "random_seed": random_seed,
+    }
+    plan = MergePlan(
+        format="bam" if is_bam else "dense",
+        num_experts=experts if is_bam else 1,
+        sources=tuple(SourceCheckpoint(seed.name, seed.folder, seed.tensors) for seed in seeds),
+        tensors=tensors,
+        config=config,
+        provenance=provenance,
+        random_seed=random_seed,
+        copied=copied_files(first.folder, with_code=is_bam),
+        layout=layout,
+        recipe=recipe,
+    )
+    _check_complete(plan, [{name: info.shape for name, info in seed.tensors.items() if name in layout.dense} for seed in seeds])
+    return plan
+
+
+def count_experts(recipe: Recipe, num_seeds: int, num_experts: int | None) -> int:
+    """How many experts a recipe makes of so many seeds.
+
+    Raises:
+        RecipeError: a number of seeds or experts that the recipe cannot take.
+    """
+    if recipe.copies:
+        if num_seeds != 1:
+            raise RecipeError(f"recipe '{recipe.name}' copies one seed, but {num_seeds} are given; give one and --num-experts")
+        if num_experts is None or not 2 <= num_experts <= 1024:
+            raise RecipeError(f"recipe '{recipe.name}' needs --num-experts, from 2 to 1024; found {num_experts}")
+        return num_experts
+    if num_experts is not None and num_experts != num_seeds:
+        raise RecipeError(
+            f"--num-experts {num_experts} with {num_seeds} seeds: recipe '{recipe.name}' makes each seed one expert; "
+            "leave the option out, or take a recipe that copies one seed (sparse-upcycling)"
+        )
+    if num_seeds < 2:
+        raise RecipeError(f"recipe '{recipe.name}' needs at least 2 seeds, found {num_seeds}; to copy one seed, take sparse-upcycling")
+    return num_seeds
+
+
+def check_recipe(recipe: Recipe, family: Family, num_experts: int, model_type: str) -> None:
+    """Refuse a recipe that a family or a number of experts cannot serve.
+
+    Raises:
+        RecipeError: and why.
+    """
+    if recipe.ffn_experts and recipe.ffn_router.top_k > num_experts:
+        raise RecipeError(
+            f"recipe '{recipe.name}': router.ffn.top_k is {recipe.ffn_router.top_k}, but there are only {num_experts} experts"
+        )
+    if recipe.shared_key_value and not family.grouped_queries:
+        raise RecipeError(
+            f"recipe '{recipe.name}' shares keys and values among experts, but {model_type}'s attention has no grouped "
+            "queries: it gives every query head a key/value head of its own; take recipe 'bam'"
+        )
+    parts = {f"attention.{part}": parts for parts in family.qkv.values() for part in parts}
+    if family.qkv_by_head and recipe.attention_experts and any(recipe.mix[role] != EXPERTS for role in parts):
+        raise RecipeError(f"recipe '{recipe.name}': {model_type} fuses queries, keys and values per head; all must be experts")
+
+
+def _check_names(recipe: Recipe, seeds: Sequence[Seed]) -> None:
+    names = [seed.name for seed in seeds]
+    wanted = {mix.removeprefix(SEED_PREFIX) for mix in recipe.mix.values() if mix.startswith(SEED_PREFIX)} | set(recipe.weights)
+    for name in sorted(wanted):
+        if name not in names:
+            raise RecipeError(f"recipe '{recipe.name}' speaks of seed '{name}', which is not among the seeds{did_you_mean(name, names)}")
+    if WEIGHTED in recipe.mix.values():
+        for name in names:
+            if name not in recipe.weights:
+                raise RecipeError(f"recipe '{recipe.name}': [weights] gives seed '{name}' no share; add {name} = 1")
+
+
+def _check_dtypes(seeds: Sequence[Seed], dense: Mapping[str, tuple[int, ...]], dtype: str | None) -> None:
+    if dtype:
+        return
+    for seed in seeds[1:]:
+        for name in dense:
+            found, expected = seed.tensors[name].dtype, seeds[0].tensors[name].dtype
+            if found != expected:
+                raise SeedError(
+                    f"{seed.where}: tensor '{name}' is {found}, but {seeds[0].where} has it in {expected}; "
+                    "--dtype bf16 (or fp16, fp32) converts every seed"
+                )
+
+
+class _Planner:
+    def __init__(self, recipe: Recipe, seeds: Sequence[Seed], experts: int, dtype: str | None, main_dtype: str) -> None:
+        self.recipe, self.seeds, self.dtype, self.main_dtype = recipe, seeds, dtype, main_dtype
+        self.experts = [0] * experts if recipe.copies else list(range(experts))
+
+    def expert_names(self) -> list[str]:
+        names = [self.seeds[index].name for index in self.experts]
+        return [f"{name}-{i}" for i, name in enumerate(names)] if self.recipe.copies else names
+
+    def tensor(self, tensor: MixtureTensor) -> PlannedTensor:
+        if tensor.router:
+            router = self.recipe.ffn_router if tensor.router == "ffn" else self.recipe.attention_router
+            std = router.std if router.init == "random" else 0.0
+            return PlannedTensor(tensor.name, self.main_dtype, tensor.shape, init=RandomInit(std))
+        groups = tuple(self.group(group) for group in tensor.groups)
+        names = {piece.tensor for group in tensor.groups for piece in group.pieces}
+        dtypes = {self.dtype or self.seeds[0].tensors[name].dtype for name in names}
+        if len(dtypes) > 1:
+            raise SeedError(
+                f"{self.seeds[0].where}: {', '.join(sorted(names))} go into one tensor but have dtypes "
+                f"{', '.join(sorted(dtypes))}; --dtype converts them"
+            )
+        return PlannedTensor(tensor.name, dtypes.pop(), tensor.shape, groups)
+
+    def group(self, group: Group) -> PlannedGroup:
+        parts = []
+        for copy in range(group.copies):
+            for piece in group.pieces:
+                indices, weights = self.mix(piece.role, copy)
+                sources = tuple(Source(index, piece.tensor, piece.start, piece.stride) for index in indices)
+                parts.append(Part(piece.block, sources, weights))
+        return PlannedGroup(group.rows, tuple(parts))
+
+    def mix(self, role: str, copy: int) -> tuple[list[int], tuple[float, ...]]:
+        """Which seeds a role's tensors come from, and with which weights."""
+        mix = self.recipe.mix[role]
+        if mix == EXPERTS:
+            return [self.experts[copy]], (1.0,)
+        if mix.startswith(SEED_PREFIX):
+            names = [seed.name for seed in self.seeds]
+            return [names.index(mix.removeprefix(SEED_PREFIX))], (1.0,)
+        if mix == WEIGHTED:
+            shares = [self.recipe.weights[seed.name] for seed in self.seeds]
+            return list(range(len(shares))), tuple(share / sum(shares) for share in shares)
+        count = len(self.seeds)
+        return list(range(count)), (1.0 / count,) * count
+
+
+def _check_complete(plan: MergePlan, used: Sequence[Mapping[str, tuple[int, ...]]]) -> None:
+    """Every output tensor is filled whole and once, and every tensor of every source is used: our own promise."""
+    assert len({tensor.name for tensor in plan.tensors}) == len(plan.tensors), "an output tensor is planned twice"
+    taken = [set[str]() for _ in plan.sources]
+    for tensor in plan.tensors:
+        filled = sum(group.rows * group.width for group in tensor.groups)
+        assert tensor.init or filled == prod(tensor.shape), f"{tensor.name}: {filled} elements planned for {tensor.shape}"
+        for source in _sources(tensor):
+            taken[source.checkpoint].add(source.tensor)
+    whole = all(mix in (EXPERTS, "mean", WEIGHTED) for mix in plan.recipe.mix.values())
+    for names, tensors in zip(taken, used, strict=True):
+        assert not whole or names == set(tensors), f"unused tensors: {sorted(set(tensors) - names)[:3]}"
+
+
+def _sources(tensor: PlannedTensor) -> Iterator[Source]:
+    for group in tensor.groups:
+        for part in group.parts:
+            yield from part.sources
+
+
+def bam_config(
+    dense_config: Mapping[str, Any], layout: Layout, recipe: Recipe, num_experts: int, dtype: str
+) -> dict[str, Any]:
+    """The config.json of a BAM checkpoint: the seed's own config, untouched, and above it what engines read."""
+    family, sizes = layout.family, layout.sizes
+    values = config_values(family, dense_config)
+    heads = num_experts if recipe.attention_experts else 1
+    key_value_heads = heads if not recipe.shared_key_value else 1
+    special = {key: dense_config[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id") if key in dense_config}
+    shown = {key: values[key] for key in ("layer_types", "sliding_window") if key in values}
+    return {
+        "model_type": "bam",
+        "architectures": ["BamForCausalLM"],
+        "auto_map": {
+            "AutoConfig": "configuration_bam.BamConfig",
+            "AutoModel": "modeling_bam.BamModel",
+            "AutoModelForCausalLM": "modeling_bam.BamForCausalLM",
+        },
+        "format_version": FORMAT_VERSION,
+        "dense_config": dict(dense_config),
+        "dense_layout": dense_layout(layout),
+        "num_experts": num_experts,
+        "num_experts_per_tok": recipe.ffn_router.top_k,
+        "norm_topk_prob": recipe.ffn_router.normalize,
+        "attention_experts": recipe.attention_experts,
+        "shared_key_value": recipe.shared_key_value,
+        "router_aux_loss_coef": recipe.loss.load_balance,
+        "router_z_loss_coef": recipe.loss.z,
+        "output_router_logits": False,
+        "vocab_size": sizes.vocab,
+        "hidden_size": sizes.hidden,
+        "intermediate_size": sizes.inner,
+        "num_hidden_layers": sizes.layers,
+        "num_attention_heads": sizes.heads * heads,
+        "num_key_value_heads": sizes.key_value_heads * key_value_heads,
+        "head_dim": sizes.head_dim,
+        "max_position_embeddings": values["max_position_embeddings"],
+        "tie_word_embeddings": layout.tied,
+        "dtype": TORCH_NAMES[dtype],
+        **special,
+        **shown,
+    }
+
+
+def dense_layout(layout: Layout) -> dict[str, Any]:
+    """What modeling_bam.py must know of the seed's modules to widen them; it travels in the config."""
+    family = layout.family
+    return {
+        "attention": family.attention,
+        "projections": {name: list(parts) for name, parts in family.qkv.items()},
+        "output": family.output,
+        "qk_norm": family.qk_norm if any(".q_norm." in name for name in layout.dense) else None,
+        "gated": family.gated,
+        "fused_by_head": family.qkv_by_head,
+    }
+
+
+def _dense_config(config: Mapping[str, Any], dtype: str | None) -> dict[str, Any]:
+    if dtype is None:
+        return dict(config)
+    return {**{key: value for key, value in config.items() if key != "torch_dtype"}, "dtype": TORCH_NAMES[dtype]}
+
+
+def copied_files(folder: Path, with_code: bool) -> dict[str, Path]:
+    """The files beside the weights that a result takes over, and with `with_code` the model's own code."""
+    files = {name: folder / name for name in COPIED_FILES if (folder / name).is_file()}
+    if with_code:
+        code = Path(__file__).parent / "modeling"
+        files |= {name: code / name for name in MODELING_FILES}
+    return files
