@@ -9,8 +9,6 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import nn
 
-ATTENTION_OUTPUT = {"gpt_neox": "dense"}
-
 
 class AttentionLoop(nn.Module):
     """y = sum_i g_i(x) MHA_i(x), g = softmax(W_a x)."""
@@ -57,7 +55,7 @@ def mean(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
 
 def is_key_value(name: str) -> bool:
     """Whether a tensor of an attention belongs to its keys or values alone."""
-    return any(part in name for part in ("k_proj", "v_proj", "k_norm"))
+    return not {"k_proj", "v_proj", "k_norm"}.isdisjoint(name.split("."))
 
 
 def build(
@@ -69,7 +67,7 @@ def build(
     top_k: int,
     normalize: bool,
 ) -> nn.Module:
-    """The mixture of `seeds` (fp32 models) as a float64 model; routers by name, `{layer}.ffn` and `{layer}.attention`."""
+    """The mixture of `seeds` (fp32 models) as a float64 model; routers named `{layer}.ffn`, `{layer}.attention`."""
     model = copy.deepcopy(seeds[0])
     states = [dict(seed.named_parameters()) for seed in seeds]
     with torch.no_grad():
@@ -90,7 +88,7 @@ def build(
 def share_key_value(experts: Sequence[nn.Module], config) -> None:
     """Give every expert the mean of the keys' and values' parameters."""
     with torch.no_grad():
-        for name, parameter in experts[0].named_parameters():
+        for name, _ in experts[0].named_parameters():
             others = [dict(expert.named_parameters())[name] for expert in experts]
             if is_key_value(name):
                 shared = mean(others)
@@ -116,7 +114,7 @@ def widened(
     attention_experts: bool,
     shared_key_value: bool,
 ) -> dict[str, torch.Tensor]:
-    """The state a BAM model should hold, from the seeds' tensors: written down once more, with torch operations only."""
+    """The state a BAM model should hold, from the seeds' tensors: written down once more, in torch."""
     heads = config.num_attention_heads
     groups = getattr(config, "num_key_value_heads", None) or heads
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads

@@ -40,10 +40,14 @@ CASES = (
     Case("olmo2", "olmo2"),
     Case("granite", "granite", {"residual_multiplier": 0.5, "logits_scaling": 2.0, "embedding_multiplier": 3.0}),
     Case("smollm3", "smollm3", {"no_rope_layer_interval": 2}),
-    Case("phi3", "phi3", {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}}),
+    Case(
+        "phi3", "phi3", {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}}
+    ),
     Case("starcoder2", "starcoder2", {"use_bias": True}, exact=1e-10),
     Case("gpt_neox", "gpt_neox", {"num_key_value_heads": None}, exact=1e-10, grouped=False),
-    Case("gpt_neox-sequential", "gpt_neox", {"num_key_value_heads": None, "use_parallel_residual": False}, 1e-10, False),
+    Case(
+        "gpt_neox-sequential", "gpt_neox", {"num_key_value_heads": None, "use_parallel_residual": False}, 1e-10, False
+    ),
 )
 BY_NAME = {case.name: case for case in CASES}
 

@@ -20,8 +20,21 @@ PROVENANCE: Final = "upcycle.json"
 
 # Bytes per element of every dtype that a safetensors header may name.
 ITEM_SIZE: Final[Mapping[str, int]] = {
-    **{"F64": 8, "I64": 8, "U64": 8, "F32": 4, "I32": 4, "U32": 4, "F16": 2, "BF16": 2, "I16": 2, "U16": 2},
-    **{"I8": 1, "U8": 1, "BOOL": 1, "F8_E4M3": 1, "F8_E5M2": 1},
+    "F64": 8,
+    "I64": 8,
+    "U64": 8,
+    "F32": 4,
+    "I32": 4,
+    "U32": 4,
+    "F16": 2,
+    "BF16": 2,
+    "I16": 2,
+    "U16": 2,
+    "I8": 1,
+    "U8": 1,
+    "BOOL": 1,
+    "F8_E4M3": 1,
+    "F8_E5M2": 1,
 }
 MAX_HEADER: Final = 25_000_000  # real headers stay below 5 MB
 MAX_JSON: Final = 25_000_000
@@ -74,7 +87,9 @@ def read_tensors(folder: Path) -> dict[str, TensorInfo]:
     headers: dict[str, dict[str, TensorInfo]] = {}
     for name, shard in weight_map.items():
         if not isinstance(shard, str) or Path(shard).name != shard or not shard.endswith(".safetensors"):
-            raise CheckpointError(f"{folder / INDEX}: '{name}' lies in {shard!r}, expected a file name in the same folder")
+            raise CheckpointError(
+                f"{folder / INDEX}: '{name}' lies in {shard!r}, expected a file name in the same folder"
+            )
         if shard not in headers:
             headers[shard] = read_header(folder / shard)
         if name not in headers[shard]:
@@ -110,10 +125,14 @@ def read_header(file: Path) -> dict[str, TensorInfo]:
     end = 8 + length
     for name, info in sorted(tensors.items(), key=lambda item: (item[1].offset, item[1].nbytes)):
         if info.offset != end:
-            raise CheckpointError(f"{file}: '{name}' begins at byte {info.offset}, expected {end}; the header is damaged")
+            raise CheckpointError(
+                f"{file}: '{name}' begins at byte {info.offset}, expected {end}; the header is damaged"
+            )
         end += info.nbytes
     if end != size:
-        raise CheckpointError(f"{file}: the header describes {end} bytes, the file has {size}; it is truncated or damaged")
+        raise CheckpointError(
+            f"{file}: the header describes {end} bytes, the file has {size}; it is truncated or damaged"
+        )
     return tensors
 
 
@@ -133,7 +152,9 @@ def _tensor_info(file: Path, name: str, entry: Any, base: int) -> TensorInfo:
     if not whole:
         raise CheckpointError(f"{file}: the header's entry for '{name}' is damaged")
     if dtype not in ITEM_SIZE:
-        raise CheckpointError(f"{file}: '{name}' has dtype {dtype!r}, which is not known; known: {', '.join(ITEM_SIZE)}")
+        raise CheckpointError(
+            f"{file}: '{name}' has dtype {dtype!r}, which is not known; known: {', '.join(ITEM_SIZE)}"
+        )
     if prod(shape) * ITEM_SIZE[dtype] != end - begin:
         raise CheckpointError(
             f"{file}: '{name}' has shape {list(shape)} of {dtype}, {prod(shape) * ITEM_SIZE[dtype]} bytes, "
@@ -148,7 +169,7 @@ def _no_weights(folder: Path) -> str:
         return f"{folder} holds neither {WEIGHTS} nor {INDEX}; it is no Hugging Face checkpoint with weights"
     return (
         f"{folder} holds its weights as pickle ({pickles[0]}), which can run code when read. Convert it once, if you "
-        "trust it:\n  python -c \"from transformers import AutoModelForCausalLM as M; "
+        'trust it:\n  python -c "from transformers import AutoModelForCausalLM as M; '
         f"M.from_pretrained('{folder}', dtype='auto').save_pretrained('{folder}-safetensors')\"\n"
         "and copy its tokenizer files beside the result"
     )
@@ -222,7 +243,9 @@ def check_target(out: Path, overwrite: bool, sources: Sequence[Path]) -> None:
     if not any(out.iterdir()):
         return
     if not (out / PROVENANCE).is_file():
-        raise OutputError(f"output {out} exists and is no result of upcycle, so it is never overwritten; choose another --out")
+        raise OutputError(
+            f"output {out} exists and is no result of upcycle, so it is never overwritten; choose another --out"
+        )
     if not overwrite:
         raise OutputError(f"output {out} exists; --yes overwrites it, --out chooses another folder")
 

@@ -429,9 +429,11 @@ def find_family(config: Mapping[str, Any], where: str) -> Family:
         SeedError: no entry; the message lists those there are.
     """
     model_type = config.get("model_type")
-    if model_type not in FAMILIES:
+    if not isinstance(model_type, str) or model_type not in FAMILIES:
         known = ", ".join(sorted(FAMILIES))
-        raise SeedError(f"{where}: config.json says model_type {model_type!r}, which cannot be mixed; these can: {known}")
+        raise SeedError(
+            f"{where}: config.json says model_type {model_type!r}, which cannot be mixed; these can: {known}"
+        )
     return FAMILIES[model_type]
 
 

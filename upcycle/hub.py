@@ -24,7 +24,8 @@ def download_seed(name: str, source: str) -> tuple[Path, str]:
         folder = Path(snapshot_download(repo, revision=revision or None, allow_patterns=patterns))
     except RepositoryNotFoundError as error:
         raise SeedError(
-            f"seed '{name}': there is neither a folder {source} nor a Hub repository of that name (or it is private: log in)"
+            f"seed '{name}': there is neither a folder {source} nor a Hub repository of that name "
+            "(or it is private, and you must log in)"
         ) from error
     except LocalEntryNotFoundError as error:
         raise SeedError(

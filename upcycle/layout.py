@@ -2,13 +2,12 @@
 
 A mixture's tensor is a row of groups laid end to end. A group is an array `[rows, copies, width]`: for each of its
 rows (key/value heads, say) one stretch of `width` elements per expert. With `copies == 1` it is the dense layout
-itself. The widened attention has the head order (key/value head, expert, query head in the group), so that grouped-query
-attention pairs heads rightly by itself; stacked experts are the case `rows == 1`.
+itself. The widened attention has the head order (key/value head, expert, query head in the group), so that
+grouped-query attention pairs heads rightly by itself; stacked experts are the case `rows == 1`.
 """
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from functools import cached_property
 from math import prod
 from typing import Any, Final
 
@@ -79,21 +78,21 @@ class Layout:
 
     family: Family
     sizes: Sizes
-    tied: bool
+    values: Mapping[str, Any]
     dense: Mapping[str, tuple[int, ...]]
     mixture: tuple[MixtureTensor, ...]
 
-    @cached_property
-    def by_name(self) -> dict[str, MixtureTensor]:
-        """The mixture's tensors by name."""
-        return {tensor.name: tensor for tensor in self.mixture}
+    @property
+    def tied(self) -> bool:
+        """Whether the output head is the input embedding."""
+        return bool(self.values["tie_word_embeddings"])
 
 
 def make_layout(family: Family, sizes: Sizes, values: Mapping[str, Any], recipe: Recipe, num_experts: int) -> Layout:
     """The layout of a mixture of `num_experts` models; with a recipe without experts, of a dense model."""
     builder = _Builder(family, sizes, values, recipe, num_experts)
     mixture = tuple(builder.tensors())
-    return Layout(family, sizes, bool(values["tie_word_embeddings"]), builder.dense, mixture)
+    return Layout(family, sizes, values, builder.dense, mixture)
 
 
 class _Builder:
@@ -187,7 +186,9 @@ class _Builder:
         copies = self.copies("attention.output")
         wide = self.recipe.attention_experts
         # Each row of the matrix holds its key/value heads' shares of the input, one after another.
-        weight = self.piece(f"{name}.weight", (sizes.hidden, width), "attention.output", sizes.hidden * sizes.key_value_heads)
+        weight = self.piece(
+            f"{name}.weight", (sizes.hidden, width), "attention.output", sizes.hidden * sizes.key_value_heads
+        )
         wide_name = f"{self.prefix}{name}.linear.weight" if wide else f"{self.prefix}{name}.weight"
         yield MixtureTensor(wide_name, (sizes.hidden, copies * width), (Group((weight,), copies),), multiplies=True)
         if self.has(family.output_bias):

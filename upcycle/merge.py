@@ -94,7 +94,9 @@ def merge(
             write_json(partial / CONFIG, plan.config)
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise OutputError(f"output {out}: the disk is full; nothing was kept. Free {needed:,} bytes and try again") from error
+            raise OutputError(
+                f"output {out}: the disk is full; nothing was kept. Free {needed:,} bytes and try again"
+            ) from error
         raise OutputError(f"output {out} cannot be written: {error}") from error
     return MergeResult(out, sum(shard.size for shard in shards), time.monotonic() - began)
 
@@ -171,7 +173,9 @@ class _Reader:
         while done < len(data):
             got = os.preadv(self.descriptors[info.file], [data[done:].data], info.offset + start * item + done)
             if not got:
-                raise CheckpointError(f"{info.file} ends before tensor '{source.tensor}' does; it became shorter meanwhile")
+                raise CheckpointError(
+                    f"{info.file} ends before tensor '{source.tensor}' does; it became shorter meanwhile"
+                )
             done += got
         return data
 
@@ -237,9 +241,7 @@ def _block_jobs(reader: _Reader, dtype: str, part: Part, row: int, descriptor: i
     step = (CHUNK if len(part.sources) == 1 else MEAN_CHUNK) // 4
 
     def job(start: int, count: int) -> Job:
-        sources = [
-            Source(s.checkpoint, s.tensor, s.start + row * s.stride + start, count) for s in part.sources
-        ]
+        sources = [Source(s.checkpoint, s.tensor, s.start + row * s.stride + start, count) for s in part.sources]
 
         def run(buffers: _Buffers) -> int:
             data = _mix(reader, dtype, sources, part.weights, count, 0, 1, buffers)
@@ -284,7 +286,9 @@ def _mix(
     if len(sources) == 1:
         info = reader.info(sources[0])
         data = reader.rows(sources[0], block, first, count, buffers)
-        return data if info.dtype == dtype else _cast(reader, sources, to_float32(data.data, info.dtype), dtype, buffers)
+        return (
+            data if info.dtype == dtype else _cast(reader, sources, to_float32(data.data, info.dtype), dtype, buffers)
+        )
     equal = len(set(weights)) == 1
     total: Array | None = None
     for source, weight in zip(sources, weights, strict=True):
@@ -310,14 +314,15 @@ def _cast(
     if found is not None:
         names = ", ".join(f"'{reader.sources[source.checkpoint].name}'" for source in sources)
         raise SeedError(
-            f"seed {names}: tensor '{sources[0].tensor}' holds {values[found]:g}, which {dtype} cannot hold; take another --dtype"
+            f"seed {names}: tensor '{sources[0].tensor}' holds {values[found]:g}, which {dtype} cannot hold; "
+            "take another --dtype"
         )
     return data
 
 
 def _init_job(random_seed: int, tensor: PlannedTensor, init: RandomInit, descriptor: int, offset: int) -> Job:
     def run(_: _Buffers) -> int:
-        # The legacy generator's stream is frozen by numpy's own policy, so the same plan gives the same router anywhere.
+        # The legacy generator's stream is frozen by numpy's policy, so the same plan gives the same router anywhere.
         words = np.frombuffer(hashlib.sha256(f"{random_seed}:{tensor.name}".encode()).digest(), np.uint32)
         values = np.random.RandomState(words).standard_normal(prod(tensor.shape)) * init.std
         return _write(descriptor, values.astype(np.float32).astype(FLOATS[tensor.dtype]).view(np.uint8), offset)

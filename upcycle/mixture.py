@@ -48,9 +48,13 @@ def read_mixture(folder: Path) -> Mixture:
     """
     config = read_json(folder / CONFIG)
     if config.get("model_type") != "bam":
-        raise CheckpointError(f"{folder} is a {config.get('model_type')!r} checkpoint, expected a BAM mixture (model_type 'bam')")
+        raise CheckpointError(
+            f"{folder} is a {config.get('model_type')!r} checkpoint, expected a BAM mixture (model_type 'bam')"
+        )
     if config.get("format_version") != FORMAT_VERSION:
-        raise CheckpointError(f"{folder}: format_version is {config.get('format_version')!r}, this upcycle reads {FORMAT_VERSION}")
+        raise CheckpointError(
+            f"{folder}: format_version is {config.get('format_version')!r}, this upcycle reads {FORMAT_VERSION}"
+        )
     provenance = read_json(folder / PROVENANCE)
     dense = config.get("dense_config")
     if not isinstance(dense, dict):
@@ -63,14 +67,18 @@ def read_mixture(folder: Path) -> Mixture:
     except (KeyError, TypeError, RecipeError) as error:
         raise CheckpointError(f"{folder / PROVENANCE} is damaged: {error!r}") from error
     if len(experts) != config.get("num_experts"):
-        raise CheckpointError(f"{folder}: {PROVENANCE} names {len(experts)} experts, {CONFIG} says {config.get('num_experts')}")
+        raise CheckpointError(
+            f"{folder}: {PROVENANCE} names {len(experts)} experts, {CONFIG} says {config.get('num_experts')}"
+        )
     layout = make_layout(family, read_sizes(family, dense, where), config_values(family, dense), recipe, len(experts))
     tensors = read_tensors(folder)
     for tensor in layout.mixture:
         info = tensors.get(tensor.name)
         if info is None or info.shape != tensor.shape:
             found = "nothing" if info is None else list(info.shape)
-            raise CheckpointError(f"{folder}: tensor '{tensor.name}': expected shape {list(tensor.shape)}, found {found}")
+            raise CheckpointError(
+                f"{folder}: tensor '{tensor.name}': expected shape {list(tensor.shape)}, found {found}"
+            )
     return Mixture(folder, config, {**provenance, "experts": experts}, tensors, layout, recipe)
 
 

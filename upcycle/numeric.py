@@ -17,7 +17,7 @@ FLOATS: Final[Mapping[str, np.dtype[Any]]] = {
 # Names as transformers' config.json and the command line write them.
 TORCH_NAMES: Final[Mapping[str, str]] = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
 
-_UNSIGNED: Final = {2: np.dtype(np.uint16), 4: np.dtype(np.uint32)}
+_UNSIGNED: Final[Mapping[int, np.dtype[Any]]] = {2: np.dtype(np.uint16), 4: np.dtype(np.uint32)}
 # Twice the bits of infinity, the sign shifted out: everything from there on is an infinity or a NaN.
 _NOT_FINITE: Final = {"BF16": 2 * 0x7F80, "F16": 2 * 0x7C00, "F32": 2 * 0x7F800000}
 

@@ -1,4 +1,4 @@
-"""The plan of a merge: every output tensor with its sources, made from headers alone and checked before a byte moves."""
+"""The plan of a merge: every output tensor with its sources, made from headers and checked before a byte moves."""
 
 import hashlib
 import json
@@ -23,7 +23,7 @@ MODELING_FILES: Final = ("configuration_bam.py", "modeling_bam.py")
 
 @dataclass(frozen=True)
 class Source:
-    """A region of one source tensor: the group's rows, each the part's block of elements, `stride` apart from `start`."""
+    """A region of one source tensor: the group's rows of the part's block of elements, `stride` apart, from `start`."""
 
     checkpoint: int
     tensor: str
@@ -118,7 +118,13 @@ class MergePlan:
     def digest(self) -> str:
         """SHA-256 of what the plan does; no path and no time enters it."""
         table = [
-            {"name": t.name, "dtype": t.dtype, "shape": t.shape, "groups": [asdict(g) for g in t.groups], "init": t.init and t.init.std}
+            {
+                "name": t.name,
+                "dtype": t.dtype,
+                "shape": t.shape,
+                "groups": [asdict(g) for g in t.groups],
+                "init": t.init and t.init.std,
+            }
             for t in self.tensors
         ]
         text = json.dumps([table, dict(self.config), dict(self.provenance), self.random_seed], sort_keys=True)
@@ -163,13 +169,20 @@ def plan_merge(
     planner = _Planner(recipe, seeds, experts, dtype, main_dtype)
     tensors = tuple(planner.tensor(tensor) for tensor in layout.mixture)
     is_bam = recipe.ffn_experts
-    config = bam_config(first.config, layout, recipe, experts, main_dtype) if is_bam else _dense_config(first.config, dtype)
+    config = (
+        bam_config(first.config, layout, recipe, experts, main_dtype) if is_bam else _dense_config(first.config, dtype)
+    )
     provenance = {
         "upcycle_version": __version__,
         "format": "bam" if is_bam else "dense",
         "recipe": recipe.resolved(),
         "seeds": [
-            {"name": seed.name, "revision": seed.revision, "fingerprint": fingerprint(seed, taken), "dropped": dropped[seed.name]}
+            {
+                "name": seed.name,
+                "revision": seed.revision,
+                "fingerprint": fingerprint(seed, taken),
+                "dropped": dropped[seed.name],
+            }
             for seed, taken in zip(seeds, samples, strict=True)
         ],
         "experts": planner.expert_names() if is_bam else [],
@@ -187,7 +200,9 @@ def plan_merge(
         layout=layout,
         recipe=recipe,
     )
-    _check_complete(plan, [{name: info.shape for name, info in seed.tensors.items() if name in layout.dense} for seed in seeds])
+    _check_complete(
+        plan, [{name: info.shape for name, info in seed.tensors.items() if name in layout.dense} for seed in seeds]
+    )
     return plan
 
 
@@ -199,7 +214,9 @@ def count_experts(recipe: Recipe, num_seeds: int, num_experts: int | None) -> in
     """
     if recipe.copies:
         if num_seeds != 1:
-            raise RecipeError(f"recipe '{recipe.name}' copies one seed, but {num_seeds} are given; give one and --num-experts")
+            raise RecipeError(
+                f"recipe '{recipe.name}' copies one seed, but {num_seeds} are given; give one and --num-experts"
+            )
         if num_experts is None or not 2 <= num_experts <= 1024:
             raise RecipeError(f"recipe '{recipe.name}' needs --num-experts, from 2 to 1024; found {num_experts}")
         return num_experts
@@ -209,7 +226,9 @@ def count_experts(recipe: Recipe, num_seeds: int, num_experts: int | None) -> in
             "leave the option out, or take a recipe that copies one seed (sparse-upcycling)"
         )
     if num_seeds < 2:
-        raise RecipeError(f"recipe '{recipe.name}' needs at least 2 seeds, found {num_seeds}; to copy one seed, take sparse-upcycling")
+        raise RecipeError(
+            f"recipe '{recipe.name}' needs at least 2 seeds, found {num_seeds}; to copy one seed, take sparse-upcycling"
+        )
     return num_seeds
 
 
@@ -221,7 +240,8 @@ def check_recipe(recipe: Recipe, family: Family, num_experts: int, model_type: s
     """
     if recipe.ffn_experts and recipe.ffn_router.top_k > num_experts:
         raise RecipeError(
-            f"recipe '{recipe.name}': router.ffn.top_k is {recipe.ffn_router.top_k}, but there are only {num_experts} experts"
+            f"recipe '{recipe.name}': router.ffn.top_k is {recipe.ffn_router.top_k}, "
+            f"but there are only {num_experts} experts"
         )
     if recipe.shared_key_value and not family.grouped_queries:
         raise RecipeError(
@@ -230,15 +250,21 @@ def check_recipe(recipe: Recipe, family: Family, num_experts: int, model_type: s
         )
     parts = {f"attention.{part}": parts for parts in family.qkv.values() for part in parts}
     if family.qkv_by_head and recipe.attention_experts and any(recipe.mix[role] != EXPERTS for role in parts):
-        raise RecipeError(f"recipe '{recipe.name}': {model_type} fuses queries, keys and values per head; all must be experts")
+        raise RecipeError(
+            f"recipe '{recipe.name}': {model_type} fuses queries, keys and values per head; all must be experts"
+        )
 
 
 def _check_names(recipe: Recipe, seeds: Sequence[Seed]) -> None:
     names = [seed.name for seed in seeds]
-    wanted = {mix.removeprefix(SEED_PREFIX) for mix in recipe.mix.values() if mix.startswith(SEED_PREFIX)} | set(recipe.weights)
+    wanted = {mix.removeprefix(SEED_PREFIX) for mix in recipe.mix.values() if mix.startswith(SEED_PREFIX)} | set(
+        recipe.weights
+    )
     for name in sorted(wanted):
         if name not in names:
-            raise RecipeError(f"recipe '{recipe.name}' speaks of seed '{name}', which is not among the seeds{did_you_mean(name, names)}")
+            raise RecipeError(
+                f"recipe '{recipe.name}' speaks of seed '{name}', which is not given{did_you_mean(name, names)}"
+            )
     if WEIGHTED in recipe.mix.values():
         for name in names:
             if name not in recipe.weights:
@@ -312,7 +338,9 @@ def _check_complete(plan: MergePlan, used: Sequence[Mapping[str, tuple[int, ...]
     taken = [set[str]() for _ in plan.sources]
     for tensor in plan.tensors:
         filled = sum(group.rows * group.width for group in tensor.groups)
-        assert tensor.init or filled == prod(tensor.shape), f"{tensor.name}: {filled} elements planned for {tensor.shape}"
+        assert tensor.init or filled == prod(tensor.shape), (
+            f"{tensor.name}: {filled} elements planned for {tensor.shape}"
+        )
         for source in _sources(tensor):
             taken[source.checkpoint].add(source.tensor)
     whole = all(mix in (EXPERTS, "mean", WEIGHTED) for mix in plan.recipe.mix.values())
@@ -334,8 +362,10 @@ def bam_config(
     values = config_values(family, dense_config)
     heads = num_experts if recipe.attention_experts else 1
     key_value_heads = heads if not recipe.shared_key_value else 1
-    special = {key: dense_config[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id") if key in dense_config}
-    shown = {key: values[key] for key in ("layer_types", "sliding_window") if key in values}
+    special = {
+        key: dense_config[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id") if key in dense_config
+    }
+    shown: dict[str, Any] = {key: values[key] for key in ("layer_types", "sliding_window") if key in values}
     return {
         "model_type": "bam",
         "architectures": ["BamForCausalLM"],

@@ -91,8 +91,13 @@ class Recipe:
         return self.attention_experts and self.mix["attention.key"] != EXPERTS
 
     def resolved(self) -> dict[str, Any]:
-        """The recipe as it acts, for `upcycle.json`: defaults filled in, routers and losses only where there are any."""
-        result: dict[str, Any] = {"name": self.name, "summary": self.summary, "paper": self.paper, "mix": dict(self.mix)}
+        """The recipe as it acts, for `upcycle.json`: defaults filled in, routers and losses where there are any."""
+        result: dict[str, Any] = {
+            "name": self.name,
+            "summary": self.summary,
+            "paper": self.paper,
+            "mix": dict(self.mix),
+        }
         if self.weights:
             result["weights"] = dict(self.weights)
         if self.ffn_experts:
@@ -137,7 +142,9 @@ def parse_recipe(name: str, table: Mapping[str, Any]) -> Recipe:
         mix=_parse_mix(where, _table(where, "mix", table)),
         weights=_parse_weights(where, _table(where, "weights", table)),
         ffn_router=_section(f"{where}, [router.ffn]", FfnRouter(), _table(where, "ffn", routers)),
-        attention_router=_section(f"{where}, [router.attention]", AttentionRouter(), _table(where, "attention", routers)),
+        attention_router=_section(
+            f"{where}, [router.attention]", AttentionRouter(), _table(where, "attention", routers)
+        ),
         loss=_section(f"{where}, [loss]", Loss(), _table(where, "loss", table)),
         **values,
     )
@@ -153,9 +160,13 @@ def _read_table(name: str) -> dict[str, Any]:
             raise RecipeError(f"recipe file '{name}' cannot be read: {error}") from error
     else:
         file = resources.files("upcycle.recipes") / f"{name}.toml"
-        known = [f.name.removesuffix(".toml") for f in resources.files("upcycle.recipes").iterdir() if f.name[-5:] == ".toml"]
+        known = [
+            f.name.removesuffix(".toml") for f in resources.files("upcycle.recipes").iterdir() if f.name[-5:] == ".toml"
+        ]
         if name not in known:
-            raise RecipeError(f"there is no recipe '{name}'{did_you_mean(name, known)} (a file of your own ends in .toml)")
+            raise RecipeError(
+                f"there is no recipe '{name}'{did_you_mean(name, known)} (a file of your own ends in .toml)"
+            )
         text = file.read_text(encoding="utf-8")
     try:
         return tomllib.loads(text)
@@ -193,7 +204,9 @@ def _parse_mix(where: str, table: Mapping[str, Any]) -> dict[str, str]:
             raise RecipeError(f"{where}, [mix]: {role} = {mix!r} is no way to mix{hint}")
     default = flat.get("default", MEAN)
     if default == EXPERTS:
-        raise RecipeError(f"{where}, [mix]: default = 'experts' would split norms and embeddings; name the roles instead")
+        raise RecipeError(
+            f"{where}, [mix]: default = 'experts' would split norms and embeddings; name the roles instead"
+        )
     return {role: flat.get(role, default) for role in ROLES}
 
 
@@ -211,7 +224,9 @@ def _check_combination(where: str, recipe: Recipe) -> None:
     mix = recipe.mix
     for role in ("norm", "embedding", "head"):
         if mix[role] == EXPERTS:
-            raise RecipeError(f"{where}, [mix]: {role} cannot be experts, since no router chooses among its copies; use mean")
+            raise RecipeError(
+                f"{where}, [mix]: {role} cannot be experts, since no router chooses among its copies; use mean"
+            )
     if (mix["attention.query"] == EXPERTS) != (mix["attention.output"] == EXPERTS):
         raise RecipeError(f"{where}, [mix]: attention.query and attention.output must both be experts, or neither")
     if (mix["attention.key"] == EXPERTS) != (mix["attention.value"] == EXPERTS):
@@ -225,7 +240,9 @@ def _check_combination(where: str, recipe: Recipe) -> None:
     if recipe.ffn_router.top_k < 1:
         raise RecipeError(f"{where}, [router.ffn]: top_k is {recipe.ffn_router.top_k}, expected 1 or more")
     if recipe.attention_router.routing != "soft":
-        raise RecipeError(f"{where}, [router.attention]: routing is '{recipe.attention_router.routing}', expected 'soft'")
+        raise RecipeError(
+            f"{where}, [router.attention]: routing is '{recipe.attention_router.routing}', expected 'soft'"
+        )
     if WEIGHTED in mix.values() and not recipe.weights:
         raise RecipeError(f"{where}: a role is 'weighted' but [weights] is missing; give each seed a share, code = 2")
     for section, router in (("ffn", recipe.ffn_router), ("attention", recipe.attention_router)):
@@ -256,7 +273,9 @@ def _table(where: str, key: str, table: Mapping[str, Any]) -> Mapping[str, Any]:
 def _section(where: str, default: _Section, table: Mapping[str, Any]) -> _Section:
     names = [field.name for field in fields(default)]
     _check_keys(where, table, names)
-    return replace(default, **{key: _typed(where, key, value, type(getattr(default, key))) for key, value in table.items()})
+    return replace(
+        default, **{key: _typed(where, key, value, type(getattr(default, key))) for key, value in table.items()}
+    )
 
 
 def _typed(where: str, key: str, value: Any, kind: type) -> Any:

@@ -1,11 +1,19 @@
-"""What a model costs: parameters, FLOPs, bytes, cache. Counted from a layout, so no weights are needed."""
+"""What a model costs: parameters, FLOPs, bytes, cache. Counted from layouts, so no weights are needed."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Final
 
-from upcycle.layout import Layout
-from upcycle.recipe import Recipe
+from upcycle.checkpoint import plan_shards, read_json
+from upcycle.errors import RecipeError
+from upcycle.families import config_values, find_family, read_sizes
+from upcycle.layout import Layout, make_layout
+from upcycle.numeric import TORCH_NAMES
+from upcycle.plan import MergePlan, check_recipe
+from upcycle.recipe import MEAN, ROLES, Recipe
 
-DEFAULT_CONTEXT = 2048
+DEFAULT_CONTEXT: Final = 2048
+DENSE: Final = Recipe(name="dense", summary="One dense model.", mix=dict.fromkeys(ROLES, MEAN))
 
 
 @dataclass(frozen=True)
@@ -15,10 +23,10 @@ class Cost:
     Attributes:
         total_parameters: all weights, each once.
         active_parameters: those one token touches; the input embedding counts whole.
-        flops_per_token: forward, one token at `context`: 2 x the active weights that multiply (the output head, not the
-            input embedding) + 4 x query heads of all experts x head_dim x context.
+        flops_per_token: forward, one token at the given context: 2 x the active weights that multiply (the output head,
+            not the input embedding) + 4 x query heads of all experts x head_dim x context.
         training_flops_per_token: three times that.
-        checkpoint_bytes: the weight files, in `dtype`'s size.
+        checkpoint_bytes: the weight files.
         cache_bytes_per_token: keys and values in bf16, all layers, sliding windows counted as full.
     """
 
@@ -30,13 +38,13 @@ class Cost:
     cache_bytes_per_token: int
 
 
-def cost(layout: Layout, recipe: Recipe, num_experts: int, item_size: int, context: int = DEFAULT_CONTEXT) -> Cost:
-    """Cost of the mixture that `recipe` makes, from its layout; arXiv:2408.08274, table 10, counts the same products."""
+def layout_cost(layout: Layout, recipe: Recipe, num_experts: int, checkpoint_bytes: int, context: int) -> Cost:
+    """Cost of the mixture that a layout describes (arXiv:2408.08274, table 10, counts the same products)."""
     sizes = layout.sizes
-    top_k = recipe.ffn_router.top_k
     total = active = multiplying = 0
     for tensor in layout.mixture:
-        touched = tensor.size * top_k // num_experts if tensor.active == "top_k" else tensor.size
+        routed = tensor.active == "top_k"
+        touched = tensor.size * recipe.ffn_router.top_k // num_experts if routed else tensor.size
         total += tensor.size
         active += touched
         multiplying += touched if tensor.multiplies else 0
@@ -48,6 +56,71 @@ def cost(layout: Layout, recipe: Recipe, num_experts: int, item_size: int, conte
         active_parameters=active,
         flops_per_token=flops,
         training_flops_per_token=3 * flops,
-        checkpoint_bytes=total * item_size,
+        checkpoint_bytes=checkpoint_bytes,
         cache_bytes_per_token=2 * 2 * sizes.layers * cached * sizes.key_value_heads * sizes.head_dim,
     )
+
+
+def _files(layout: Layout, dtype: str, max_shard_size: int) -> int:
+    """Bytes of the weight files of a layout, headers included."""
+    shards = plan_shards([(tensor.name, dtype, tensor.shape) for tensor in layout.mixture], max_shard_size)
+    return sum(shard.size for shard in shards)
+
+
+def plan_cost(plan: MergePlan, max_shard_size: int, context: int) -> tuple[Cost, Cost]:
+    """Cost of a plan's result, and of one dense seed beside it."""
+    shards = plan_shards([(tensor.name, tensor.dtype, tensor.shape) for tensor in plan.tensors], max_shard_size)
+    cost = layout_cost(plan.layout, plan.recipe, plan.num_experts, sum(shard.size for shard in shards), context)
+    first = plan.sources[0].tensors.values()
+    return cost, replace(dense_cost(plan.layout, "BF16", context), checkpoint_bytes=sum(info.nbytes for info in first))
+
+
+def dense_cost(layout: Layout, dtype: str, context: int, max_shard_size: int = 5 * 10**9) -> Cost:
+    """Cost of one dense model of a layout's family and sizes."""
+    dense = make_layout(layout.family, layout.sizes, layout.values, DENSE, 1)
+    return layout_cost(dense, DENSE, 1, _files(dense, dtype, max_shard_size), context)
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """The cost of a recipe on models of which only the config.json is known, and of one such model."""
+
+    format: str
+    model_type: str
+    architecture: str
+    num_experts: int
+    cost: Cost
+    dense: Cost
+
+
+def config_cost(
+    recipe: Recipe, config_file: Path, num_experts: int | None, dtype: str | None, max_shard_size: int, context: int
+) -> Estimate:
+    """Cost of mixing `num_experts` models of this config.json.
+
+    Raises:
+        RecipeError: no number of experts, or a recipe that cannot serve the family.
+        SeedError, CheckpointError: a config that cannot be read.
+    """
+    config = read_json(config_file)
+    where = str(config_file)
+    family = find_family(config, where)
+    if num_experts is None or num_experts < 2:
+        raise RecipeError(f"--config needs --num-experts, 2 or more; found {num_experts}")
+    check_recipe(recipe, family, num_experts, config["model_type"])
+    layout = make_layout(family, read_sizes(family, config, where), config_values(family, config), recipe, num_experts)
+    written = {"bf16": "BF16", "fp16": "F16", "fp32": "F32"}.get(dtype or "") or _dtype_of(config)
+    experts = num_experts if recipe.ffn_experts else 1
+    return Estimate(
+        format="bam" if recipe.ffn_experts else "dense",
+        model_type="bam" if recipe.ffn_experts else config["model_type"],
+        architecture=family.architecture,
+        num_experts=experts,
+        cost=layout_cost(layout, recipe, experts, _files(layout, written, max_shard_size), context),
+        dense=dense_cost(layout, written, context, max_shard_size),
+    )
+
+
+def _dtype_of(config: dict[str, object]) -> str:
+    name = config.get("dtype") or config.get("torch_dtype")
+    return next((key for key, value in TORCH_NAMES.items() if value == name), "BF16")

@@ -60,7 +60,9 @@ def read_seeds(specs: Sequence[str]) -> list[Seed]:
     named = [_split_name(spec) for spec in specs]
     for (first, one), (second, other) in combinations(named, 2):
         if first == second:
-            raise SeedError(f"seeds '{one}' and '{other}' are both named '{first}'; name them: --seeds {first}={one} NAME={other}")
+            raise SeedError(
+                f"seeds '{one}' and '{other}' are both named '{first}'; name them: --seeds {first}={one} NAME={other}"
+            )
     seeds = [read_seed(name, source) for name, source in named]
     for seed in seeds[1:]:
         _check_same_architecture(seeds[0], seed)
@@ -76,7 +78,9 @@ def _split_name(spec: str) -> tuple[str, str]:
         raise SeedError(f"seed '{spec}' names no folder; expected path, repo, repo@revision or name=path")
     name = name or Path(source.partition("@")[0] if not Path(source).exists() else source).resolve().name
     if not re.fullmatch(r"[\w.+-]*[A-Za-z_][\w.+-]*", name):
-        raise SeedError(f"seed '{spec}': '{name}' is no name (letters, digits and ._+-, not a number); give one: NAME={source}")
+        raise SeedError(
+            f"seed '{spec}': '{name}' is no name (letters, digits and ._+-, not a number); give one: NAME={source}"
+        )
     return name, source
 
 
@@ -88,7 +92,9 @@ def read_seed(name: str, source: str) -> Seed:
     """
     folder, revision = Path(source), None
     if folder.is_file():
-        raise SeedError(f"seed '{name}': {source} is a file; expected the folder that holds config.json and the weights")
+        raise SeedError(
+            f"seed '{name}': {source} is a file; expected the folder that holds config.json and the weights"
+        )
     if not folder.is_dir():
         from upcycle.hub import download_seed  # huggingface_hub costs a second: only where it is needed
 
@@ -96,7 +102,9 @@ def read_seed(name: str, source: str) -> Seed:
     config = read_json(folder / CONFIG)
     where = f"seed '{name}'"
     if config.get("quantization_config"):
-        raise SeedError(f"{where}: its weights are quantized (config.json has quantization_config); give the full-precision one")
+        raise SeedError(
+            f"{where}: its weights are quantized (config.json has quantization_config); give the full-precision one"
+        )
     family = find_family(config, where)
     sizes = read_sizes(family, config, where)
     return Seed(name, folder, revision, config, family, sizes, config_values(family, config), read_tensors(folder))
@@ -112,7 +120,7 @@ def _check_same_architecture(first: Seed, seed: Seed) -> None:
         if seed.values[key] != value:
             raise SeedError(
                 f"{seed.where}: config.json says {key} = {json.dumps(seed.values[key])}, but {first.where} says "
-                f"{json.dumps(value)}{_tensor_difference(first, seed)}; seeds of one ancestor agree, so leave one of them out"
+                f"{json.dumps(value)}{_tensor_difference(first, seed)}; seeds of one ancestor agree, so leave one out"
             )
 
 
@@ -150,7 +158,7 @@ def check_tensors(seed: Seed, dense: Mapping[str, tuple[int, ...]], tied: bool) 
             dropped.append(name)
         else:
             raise SeedError(
-                f"{seed.where}: tensor '{name}' is not part of a {seed.family.architecture}; is this a fine-tune with a "
+                f"{seed.where}: tensor '{name}' is not part of a {seed.family.architecture}; is it a fine-tune with a "
                 "head or adapter of its own? Merge the adapter or remove the tensor first"
             )
     for name in dense:
@@ -172,7 +180,9 @@ def _check_same_tokens(seeds: Sequence[Seed]) -> None:
             if _file_hash(seed.folder / file) == digest:
                 continue
             if not file.endswith(".json"):
-                raise SeedError(f"{seed.where}: {file} differs from that of {first.where}; the tokens may have other ids")
+                raise SeedError(
+                    f"{seed.where}: {file} differs from that of {first.where}; the tokens may have other ids"
+                )
             reference = reference or _token_ids(first.folder / file)
             _compare_tokens(first, seed, file, reference, _token_ids(seed.folder / file))
 
@@ -219,7 +229,7 @@ def sample(seed: Seed) -> dict[str, bytes]:
 
 
 def fingerprint(seed: Seed, samples: Mapping[str, bytes]) -> str:
-    """SHA-256 over every tensor's name, dtype, shape and sample: the identity of a checkpoint, whatever its sharding."""
+    """SHA-256 over every tensor's name, dtype, shape and sample: a checkpoint's identity, whatever its sharding."""
     digest = hashlib.sha256()
     for name, info in sorted(seed.tensors.items()):
         digest.update(json.dumps([name, info.dtype, list(info.shape)]).encode())
@@ -254,6 +264,6 @@ def check_related(seeds: Sequence[Seed], samples: Sequence[Mapping[str, bytes]])
         cosine = relatedness((one, first), (other, second))
         if cosine < MIN_COSINE:
             raise SeedError(
-                f"{one.where} and {other.where} share no ancestor: the cosine of their sampled weights is {cosine:.3f}, "
+                f"{one.where} and {other.where} share no ancestor: their sampled weights' cosine is {cosine:.3f}, "
                 f"expected above {MIN_COSINE} (specialists of one seed are near 1); --allow-unrelated mixes them anyway"
             )

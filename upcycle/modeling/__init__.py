@@ -2,7 +2,7 @@
 
 
 def register() -> None:
-    """Make transformers' Auto classes load `bam` checkpoints with these classes, and save the code beside the weights."""
+    """Make transformers' Auto classes load `bam` checkpoints with these classes, and save the code with the weights."""
     from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
     from upcycle.modeling.configuration_bam import BamConfig

@@ -3,6 +3,8 @@
 This file travels inside each checkpoint and needs nothing but transformers.
 """
 
+from typing import Any, ClassVar
+
 from transformers import AutoConfig, PretrainedConfig
 
 # What engines read off the top level, copied from the seed's config.
@@ -33,24 +35,24 @@ class BamConfig(PretrainedConfig):
     """
 
     model_type = "bam"
-    sub_configs = {"dense_config": AutoConfig}
+    sub_configs: ClassVar = {"dense_config": AutoConfig}
     has_no_defaults_at_init = True
 
     def __init__(
         self,
-        dense_config=None,
-        dense_layout=None,
-        num_experts=4,
-        num_experts_per_tok=1,
-        norm_topk_prob=False,
-        attention_experts=True,
-        shared_key_value=False,
-        router_aux_loss_coef=0.01,
-        router_z_loss_coef=0.001,
-        output_router_logits=False,
-        format_version=1,
-        **kwargs,
-    ):
+        dense_config: Any = None,
+        dense_layout: dict[str, Any] | None = None,
+        num_experts: int = 4,
+        num_experts_per_tok: int = 1,
+        norm_topk_prob: bool = False,
+        attention_experts: bool = True,
+        shared_key_value: bool = False,
+        router_aux_loss_coef: float = 0.01,
+        router_z_loss_coef: float = 0.001,
+        output_router_logits: bool = False,
+        format_version: int = 1,
+        **kwargs: Any,
+    ) -> None:
         if isinstance(dense_config, dict):
             dense_config = AutoConfig.for_model(**dense_config)
         self.dense_config = dense_config
@@ -86,6 +88,6 @@ class BamConfig(PretrainedConfig):
                     kwargs.setdefault(key, getattr(dense_config, key))
         super().__init__(**kwargs)
 
-    def to_dict(self):
+    def to_dict(self) -> dict[str, Any]:
         """Plain data; what follows from `dense_config` alone is left out."""
         return {key: value for key, value in super().to_dict().items() if key != "dense_key_value_heads"}

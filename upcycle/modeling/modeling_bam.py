@@ -1,10 +1,10 @@
 """The BAM model (Branch-Attend-Mix, arXiv:2408.08274): the seed's own model, widened.
 
 A soft mixture of N attention experts is the seed's attention with N times as many heads, whose heads are scaled by
-their expert's gate before one wide output projection: sum_i g_i (o_i W_i) = concat_i(g_i o_i) concat_i(W_i). So the model
-is built from the seed family's own class, and each layer changes in two places: the attention's projections are widened
-and its output projection gated, and the MLP becomes routed experts. Everything else (block order, norms, positions,
-masks, caches, attention kernels) is the family's.
+their expert's gate before one wide output projection: sum_i g_i (o_i W_i) = concat_i(g_i o_i) concat_i(W_i). So the
+model is built from the seed family's own class, and each layer changes in two places: the attention's projections are
+widened and its output projection gated, and the MLP becomes routed experts. Everything else (block order, norms,
+positions, masks, caches, attention kernels) is the family's.
 
 This file travels inside each checkpoint and needs nothing but torch and transformers.
 
@@ -13,7 +13,7 @@ Axes: B batch, S sequence, T tokens (B * S), N experts, K experts per token, D h
 
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
@@ -22,12 +22,18 @@ from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.integrations.moe import use_experts_implementation
 from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from transformers.utils.generic import can_return_tuple
 
 from .configuration_bam import BamConfig
 
+_ABILITIES = (
+    *("_supports_sdpa", "_supports_flash_attn", "_supports_flex_attn", "_supports_attention_backend"),
+    "_can_compile_fullgraph",
+)
 
-def _softmax(logits: torch.Tensor) -> torch.Tensor:
+
+def _softmax(logits: Any) -> torch.Tensor:
     """Gates from router logits, in fp32 or better."""
     return logits.softmax(-1, dtype=torch.promote_types(logits.dtype, torch.float32))
 
@@ -77,7 +83,7 @@ class BamExperts(nn.Module):
 
 
 class BamFeedForward(nn.Module):
-    """Routed FFN experts: y = sum over the top k of p_i(x) FFN_i(x), p = softmax(W_r x) (arXiv:2408.08274, section 3)."""
+    """Routed FFN experts: y = sum over the top k of p_i(x) FFN_i(x), p = softmax(W_r x) (arXiv:2408.08274, 3)."""
 
     def __init__(self, config: BamConfig, mlp: nn.Module):
         super().__init__()
@@ -87,8 +93,9 @@ class BamFeedForward(nn.Module):
         gated = config.dense_layout["gated"]
         bias = any(name.endswith("bias") for name, _ in mlp.named_parameters())
         self.router = nn.Linear(config.hidden_size, config.num_experts, bias=False)
-        self.experts = BamExperts(config, gated, bias)
-        self.experts.has_gate, self.experts.has_bias = gated, bias
+        experts: Any = BamExperts(config, gated, bias)
+        experts.has_gate, experts.has_bias = gated, bias
+        self.experts = experts
         self.router_logits: torch.Tensor | None = None
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
@@ -105,8 +112,8 @@ class BamFeedForward(nn.Module):
 class GatedOutput(nn.Module):
     """The wide output projection: heads scaled by their expert's gate, y = sum_i g_i(x) o_i W_i, g = softmax(W_a x).
 
-    The projection is an inner plain `linear`, so that adapters and quantisers may replace it. `bias` is `[N, D]`, one an
-    expert, gated like the weights.
+    The projection is an inner plain `linear`, so that adapters and quantisers may replace it. `bias` is `[N, D]`,
+    one an expert, gated like the weights.
     """
 
     def __init__(self, output: nn.Linear, config: BamConfig):
@@ -137,7 +144,7 @@ class ExpertNorm(nn.Module):
     broadcasts in the norm's own code.
     """
 
-    def __init__(self, norm: nn.Module, kind: str, config: BamConfig):
+    def __init__(self, norm: Any, kind: str, config: BamConfig):
         super().__init__()
         between = {"head": (1,), "head_swapped": (1, 1), "width": ()}[kind]
         norm.weight = nn.Parameter(torch.empty(config.num_experts, *between, norm.weight.shape[-1]))
@@ -169,7 +176,7 @@ class WideConfig:
         return getattr(self._config, name)
 
 
-def widen(dense: PreTrainedModel, config: BamConfig) -> None:
+def widen(dense: Any, config: BamConfig) -> None:
     """Turn a family's own model into the mixture, in place."""
     for layer in dense.base_model.layers:
         if config.attention_experts:
@@ -177,7 +184,7 @@ def widen(dense: PreTrainedModel, config: BamConfig) -> None:
         layer.mlp = BamFeedForward(config, layer.mlp)
 
 
-def _widen_attention(attention: nn.Module, dense_config: Any, config: BamConfig) -> None:
+def _widen_attention(attention: Any, dense_config: Any, config: BamConfig) -> None:
     layout, experts = config.dense_layout, config.num_experts
     copies = {"query": experts, "key": experts, "value": experts}
     if config.shared_key_value:
@@ -205,7 +212,7 @@ def _widen_attention(attention: nn.Module, dense_config: Any, config: BamConfig)
     attention.register_forward_pre_hook(partial(_route, layout["output"]), with_kwargs=True)
 
 
-def _route(output: str, attention: nn.Module, args: tuple, kwargs: dict) -> None:
+def _route(output: str, attention: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     getattr(attention, output).route(kwargs["hidden_states"] if "hidden_states" in kwargs else args[0])
 
 
@@ -249,13 +256,15 @@ class BamPreTrainedModel(PreTrainedModel):
     config_class = BamConfig
     base_model_prefix = "dense"
     supports_gradient_checkpointing = True
-    _supports_sdpa = True
-    _supports_flash_attn = True
-    _supports_flex_attn = True
-    _supports_attention_backend = True
-    _can_compile_fullgraph = True
 
-    def _build(self, auto_class: type) -> PreTrainedModel:
+    def __init__(self, config: BamConfig):
+        # What the family's attention can do, the mixture can: it is the same attention.
+        dense_class = MODEL_FOR_CAUSAL_LM_MAPPING[type(config.dense_config)]
+        for ability in _ABILITIES:
+            setattr(self, ability, getattr(dense_class, ability))
+        super().__init__(config)
+
+    def _build(self, auto_class: Any) -> PreTrainedModel:
         config = self.config
         dense = auto_class.from_config(
             config.dense_config, dtype=torch.get_default_dtype(), attn_implementation=config._attn_implementation
@@ -276,7 +285,7 @@ class BamPreTrainedModel(PreTrainedModel):
                     else:
                         init.normal_(parameter, mean=0.0, std=std)
 
-    def _inner(self) -> PreTrainedModel:
+    def _inner(self) -> Any:
         raise NotImplementedError
 
     def get_input_embeddings(self) -> nn.Module:
@@ -291,7 +300,7 @@ class BamPreTrainedModel(PreTrainedModel):
 class BamModel(BamPreTrainedModel):
     """The mixture without its output head."""
 
-    _keys_to_ignore_on_load_unexpected = [r"lm_head\.weight", r"embed_out\.weight"]
+    _keys_to_ignore_on_load_unexpected: ClassVar = [r"lm_head\.weight", r"embed_out\.weight"]
 
     def __init__(self, config: BamConfig):
         super().__init__(config)
@@ -300,7 +309,7 @@ class BamModel(BamPreTrainedModel):
         setattr(self, inner.base_model_prefix, inner)
         self.post_init()
 
-    def _inner(self) -> PreTrainedModel:
+    def _inner(self) -> Any:
         return next(child for child in self.children() if isinstance(child, PreTrainedModel))
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -316,7 +325,7 @@ class BamForCausalLM(BamPreTrainedModel, GenerationMixin):
         self.dense = self._build(AutoModelForCausalLM)
         self.post_init()
 
-    def _inner(self) -> PreTrainedModel:
+    def _inner(self) -> Any:
         return self.dense
 
     def get_output_embeddings(self) -> nn.Module:
@@ -365,8 +374,9 @@ class BamForCausalLM(BamPreTrainedModel, GenerationMixin):
             mask = attention_mask[:, -outputs.logits.shape[1] :] if logits_to_keep == 0 else attention_mask
             mask = mask.reshape(-1).bool() if mask.numel() == len(ffn_logits[0]) else None
         device = outputs.logits.device  # layers may lie on several
-        balance = sum(load_balance_loss(x.to(device), self.config.num_experts_per_tok, mask) for x in ffn_logits)
-        z = sum(z_loss(x.to(device), mask) for x in (*ffn_logits, *attention_logits))
+        top_k = self.config.num_experts_per_tok
+        balance = torch.stack([load_balance_loss(x.to(device), top_k, mask) for x in ffn_logits]).sum()
+        z = torch.stack([z_loss(x.to(device), mask) for x in (*ffn_logits, *attention_logits)]).sum()
         loss = outputs.loss
         if loss is not None:
             loss = loss + self.config.router_aux_loss_coef * balance + self.config.router_z_loss_coef * z
@@ -379,7 +389,7 @@ class BamForCausalLM(BamPreTrainedModel, GenerationMixin):
         )
 
     def _take_router_logits(self) -> tuple[tuple[torch.Tensor, ...], tuple[torch.Tensor, ...]]:
-        """The logits `[T, N]` that each layer's routers left in this forward; taken away, so that no graph outlives it."""
+        """The logits `[T, N]` that each layer's routers left in this forward; taken, so that no graph outlives it."""
         ffn, attention = [], []
         for layer in self.dense.base_model.layers:
             ffn.append(layer.mlp.router_logits)

@@ -1,0 +1,22 @@
+"""`upcycle generate`: a quick look at what a model says."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from . import output
+
+
+def generate(
+    model: Annotated[Path, typer.Argument(help="Folder of a mixture or of a dense checkpoint.")],
+    text: Annotated[str, typer.Argument(help="The text to continue.")],
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens to add.")] = 64,
+) -> None:
+    """Continue a text greedily; a quick look, no code from the checkpoint is run.
+
+    Example: [bold]upcycle generate bam-kv-shared-3x "def main():"[/bold]
+    """
+    from upcycle.generation import continue_text
+
+    output.data_line(continue_text(model, text, max_new_tokens))

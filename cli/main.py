@@ -1,0 +1,78 @@
+"""The app: its commands, options that take several words, and what an error prints and exits with."""
+
+import sys
+from collections.abc import Sequence
+from typing import Annotated
+
+import typer
+
+from upcycle.errors import UpcycleError
+from upcycle.version import __version__
+
+from . import extract, generate, inspect, merge, output, plan, recipes
+
+# Options that take every word up to the next one that begins with `-`.
+LIST_OPTIONS = ("--seeds", "--set")
+
+app = typer.Typer(
+    name="upcycle",
+    help="Turn dense language models that share one ancestor into one mixture of experts.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+)
+for function in (merge.merge, plan.plan, recipes.recipes, inspect.inspect, extract.extract, generate.generate):
+    app.command()(function)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        output.data_line(f"upcycle {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")
+    ] = False,
+) -> None:
+    pass
+
+
+def expand_lists(arguments: Sequence[str]) -> list[str]:
+    """Rewrite `--seeds a b c` as `--seeds a --seeds b --seeds c`; a `--` ends a list and is taken away."""
+    expanded: list[str] = []
+    current = ""
+    for word in arguments:
+        name, _, _ = word.partition("=")
+        if name in LIST_OPTIONS:
+            current = name
+            expanded.append(word)
+            continue
+        if current and not word.startswith("-"):
+            # The first word stands beside the option already written, each further one gets an option of its own.
+            expanded += [word] if expanded[-1] == current else [current, word]
+            continue
+        if not (current and word == "--"):
+            expanded.append(word)
+        current = ""
+    return expanded
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command line; exits with 0 done, 1 input that cannot be served, 2 usage, 130 interrupted."""
+    try:
+        app(expand_lists(sys.argv[1:] if arguments is None else arguments))
+    except UpcycleError as error:
+        output.error(str(error))
+        sys.exit(1)
+    except SystemExit as stop:
+        if stop.code == 130:
+            output.error("interrupted; nothing that looks finished was left behind")
+        raise
+
+
+if __name__ == "__main__":
+    main()

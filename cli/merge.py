@@ -1,0 +1,144 @@
+"""`upcycle merge`: several dense checkpoints into one mixture."""
+
+import re
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import typer
+
+from . import output
+
+if TYPE_CHECKING:
+    from upcycle.plan import MergePlan
+
+DTYPES = {"bf16": "BF16", "fp16": "F16", "fp32": "F32"}
+
+Seeds = Annotated[
+    list[str],
+    typer.Option(
+        "--seeds",
+        metavar="[NAME=]SEED ...",
+        help="Folders (or Hub repositories, repo@revision) of the dense checkpoints.",
+    ),
+]
+RecipeName = Annotated[str, typer.Option("--recipe", help="A recipe's name (see `upcycle recipes`) or a .toml file.")]
+Overrides = Annotated[
+    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change a recipe's value: router.ffn.top_k=2.")
+]
+Dtype = Annotated[
+    Literal["bf16", "fp16", "fp32"] | None, typer.Option(help="Convert every tensor; else the seeds' own.")
+]
+NumExperts = Annotated[int | None, typer.Option(help="Copies of the seed, for recipes that copy one.")]
+RandomSeed = Annotated[int, typer.Option(min=0, help="From which the routers are drawn.")]
+Unrelated = Annotated[bool, typer.Option("--allow-unrelated", help="Mix seeds that share no ancestor.")]
+MaxShardSize = Annotated[str, typer.Option(help="Bytes of weights in one file: 5GB, 500MB, ...")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
+
+
+def merge(
+    seeds: Seeds,
+    recipe: RecipeName,
+    out: Annotated[Path | None, typer.Option(help="Folder to make.", show_default="RECIPE-Nx")] = None,
+    dtype: Dtype = None,
+    overrides: Overrides = None,
+    num_experts: NumExperts = None,
+    random_seed: RandomSeed = 0,
+    max_shard_size: MaxShardSize = "5GB",
+    allow_unrelated: Unrelated = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only show what would be made and what it costs.")] = False,
+    yes: Annotated[bool, typer.Option("--yes", help="Overwrite a former result.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Merge dense checkpoints of one ancestor into one mixture of experts.
+
+    Example: [bold]upcycle merge --seeds code law math --recipe bam-kv-shared[/bold]
+    """
+    from upcycle.checkpoint import check_target
+
+    plan = make_plan(seeds, recipe, overrides or [], dtype, num_experts, random_seed, allow_unrelated)
+    shard_bytes = parse_size(max_shard_size)
+    experts = plan.num_experts if plan.format == "bam" else len(plan.sources)
+    target = out or Path(f"{plan.recipe.name}-{experts}x")
+    check_target(target, yes, [source.folder for source in plan.sources])
+    if dry_run:
+        show_plan(plan, shard_bytes, as_json, target)
+    else:
+        run(plan, target, shard_bytes, yes, as_json)
+
+
+def make_plan(
+    seeds: list[str],
+    recipe: str,
+    overrides: list[str],
+    dtype: str | None,
+    num_experts: int | None,
+    random_seed: int,
+    allow_unrelated: bool,
+) -> "MergePlan":
+    """Read recipe and seeds and plan their merge."""
+    from upcycle.plan import plan_merge
+    from upcycle.recipe import load_recipe
+    from upcycle.seeds import read_seeds
+
+    return plan_merge(
+        load_recipe(recipe, overrides),
+        read_seeds(seeds),
+        dtype=DTYPES[dtype] if dtype else None,
+        num_experts=num_experts,
+        random_seed=random_seed,
+        allow_unrelated=allow_unrelated,
+    )
+
+
+def show_plan(
+    plan: "MergePlan", max_shard_size: int, as_json: bool, out: Path | None = None, context: int | None = None
+) -> None:
+    """Print what a plan would make and what it costs."""
+    from upcycle.scaling import DEFAULT_CONTEXT, plan_cost
+
+    context = context or DEFAULT_CONTEXT
+    cost, dense = plan_cost(plan, max_shard_size, context)
+    seeds = [source.name for source in plan.sources]
+    if as_json:
+        about = {"format": plan.format, "model_type": plan.config["model_type"], "num_experts": plan.num_experts}
+        output.data_object(
+            {"recipe": plan.recipe.name, "seeds": seeds, "out": out and str(out), **about, **asdict(cost)}
+        )
+        return
+    title = f"{plan.recipe.name} of {', '.join(seeds)} ({plan.layout.family.architecture}), format {plan.format}"
+    output.cost_table(title, cost, dense, context)
+
+
+def run(plan: "MergePlan", out: Path, max_shard_size: int, overwrite: bool, as_json: bool) -> None:
+    """Write a plan's checkpoint with a progress bar, and say what was made and how to load it."""
+    from upcycle.merge import merge
+    from upcycle.scaling import DEFAULT_CONTEXT, plan_cost
+
+    with output.byte_progress(f"{plan.recipe.name} → {out}", plan.nbytes) as progress:
+        result = merge(plan, out, max_shard_size=max_shard_size, overwrite=overwrite, progress=progress)
+    cost, _ = plan_cost(plan, max_shard_size, DEFAULT_CONTEXT)
+    if as_json:
+        output.data_object({**output.result_object(plan, out, result.bytes_written, result.seconds), **asdict(cost)})
+        return
+    experts = f"{plan.num_experts} experts, " if plan.format == "bam" else "dense, "
+    output.data_line(
+        f"{out}: {experts}{output.count(cost.total_parameters)} parameters, "
+        f"{output.count(cost.active_parameters)} active per token, "
+        f"{output.size(result.bytes_written)}, in {result.seconds:.2f} s"
+    )
+    if plan.format == "bam":
+        output.data_line("Its routers are untrained: expect little before the mixture is trained.")
+    output.data_line("\nLoad it with\n")
+    for line in output.loading_lines(out, remote_code=plan.format == "bam"):
+        output.data_line(f"  {line}")
+
+
+def parse_size(text: str) -> int:
+    """`5GB`, `500 MB`, `1000000` in bytes."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kMGT]?)B?", text)
+    units = {"": 1, "k": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
+    bytes_ = int(float(match[1]) * units[match[2]]) if match else 0
+    if bytes_ < 1:
+        raise typer.BadParameter(f"--max-shard-size {text}: expected a size like 5GB, 500MB or 1000000")
+    return bytes_

@@ -1,0 +1,140 @@
+"""The only printer: results on stdout, everything else on stderr, progress on a terminal alone."""
+
+import json
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from upcycle.plan import MergePlan
+    from upcycle.scaling import Cost
+
+
+def error(message: str) -> None:
+    """What failed, on stderr."""
+    from rich.console import Console
+    from rich.text import Text
+
+    # soft_wrap: a path or a command in a message must survive copying.
+    Console(stderr=True).print(Text.assemble(("error: ", "bold red"), message), soft_wrap=True)
+
+
+def data_line(line: str) -> None:
+    """A line of a result, on stdout."""
+    sys.stdout.write(line + "\n")
+
+
+def data_object(value: Mapping[str, Any]) -> None:
+    """The one object that `--json` prints, on stdout."""
+    data_line(json.dumps(value, indent=2, ensure_ascii=False))
+
+
+def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """A table of numbers on stdout; every column but the first is aligned to the right."""
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    grid = Table(box=box.SIMPLE_HEAD, header_style="bold", show_header=any(columns))
+    for index, column in enumerate(columns):
+        grid.add_column(column, justify="right" if index else "left")
+    for row in rows:
+        grid.add_row(*(Text(cell) for cell in row))
+    console = Console()
+    console.print(Text(title, style="bold"), soft_wrap=True)
+    console.print(grid)
+
+
+def entries(rows: Sequence[tuple[str, str]]) -> None:
+    """Names and what they are, one beside the other, on stdout."""
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    grid = Table.grid(padding=(0, 3, 1, 0))
+    for name, text in rows:
+        grid.add_row(Text(name, style="bold"), Text(text))
+    Console().print(grid)
+
+
+@contextmanager
+def byte_progress(label: str, total: int) -> Iterator[Callable[[int], None]]:
+    """A progress bar in bytes on stderr; silent where stderr is no terminal."""
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+
+    console = Console(stderr=True)
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        DownloadColumn(),
+        TransferSpeedColumn(),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
+        task = progress.add_task(label, total=total)
+        yield lambda count: progress.advance(task, count)
+
+
+def size(count: float) -> str:
+    """Bytes as people read them, in powers of 1000 like a disk's."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.3g} {unit}"
+        count /= 1000
+    return f"{count:.3g} TB"
+
+
+def count(number: int) -> str:
+    """A number of parameters as people say it."""
+    for limit, unit in ((10**12, "T"), (10**9, "B"), (10**6, "M"), (10**3, "k")):
+        if number >= limit:
+            return f"{number / limit:.3g} {unit}"
+    return str(number)
+
+
+def cost_table(title: str, cost: "Cost", dense: "Cost | None", context: int) -> None:
+    """A model's cost; for a mixture beside that of one seed."""
+    names = {
+        "total_parameters": "Parameters",
+        "active_parameters": "Active per token",
+        "flops_per_token": f"FLOPs per token (context {context})",
+        "training_flops_per_token": "Training FLOPs per token",
+        "checkpoint_bytes": "Weight files, bytes",
+        "cache_bytes_per_token": "Cache per token, bytes (bf16)",
+    }
+    rows = []
+    for key, name in names.items():
+        mixed = asdict(cost)[key]
+        row = [name, f"{mixed:,}"]
+        if dense:
+            one = asdict(dense)[key]
+            row += [f"{one:,}", f"{mixed / one:.2f}"]
+        rows.append(row)
+    table(title, ["", "Mixture", "One seed", "Ratio"] if dense else ["", ""], rows)
+
+
+def loading_lines(out: Path, remote_code: bool) -> list[str]:
+    """The exact lines of Python that load a result."""
+    trust = ", trust_remote_code=True" if remote_code else ""
+    return [
+        "from transformers import AutoModelForCausalLM, AutoTokenizer",
+        f'model = AutoModelForCausalLM.from_pretrained("{out}"{trust})',
+        f'tokenizer = AutoTokenizer.from_pretrained("{out}"{trust})',
+    ]
+
+
+def result_object(plan: "MergePlan", out: Path, bytes_written: int, seconds: float) -> dict[str, Any]:
+    """What a finished merge or extraction prints with `--json`."""
+    return {
+        "out": str(out),
+        "format": plan.format,
+        "model_type": plan.config["model_type"],
+        "num_experts": plan.num_experts,
+        "bytes_written": bytes_written,
+        "seconds": round(seconds, 3),
+    }

@@ -1,0 +1,61 @@
+"""`upcycle plan`: what a merge would produce and cost, from seeds or from a config.json alone."""
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from . import output
+from .merge import (
+    Dtype,
+    Json,
+    MaxShardSize,
+    NumExperts,
+    Overrides,
+    RecipeName,
+    Unrelated,
+    make_plan,
+    parse_size,
+    show_plan,
+)
+
+
+def plan(
+    recipe: RecipeName,
+    seeds: Annotated[
+        list[str] | None, typer.Option("--seeds", metavar="[NAME=]SEED ...", help="Folders of the dense checkpoints.")
+    ] = None,
+    config: Annotated[
+        Path | None, typer.Option(help="A dense model's config.json instead of seeds, with --num-experts.")
+    ] = None,
+    num_experts: NumExperts = None,
+    overrides: Overrides = None,
+    dtype: Dtype = None,
+    context: Annotated[int, typer.Option(min=1, help="Tokens of context at which FLOPs are counted.")] = 2048,
+    max_shard_size: MaxShardSize = "5GB",
+    allow_unrelated: Unrelated = False,
+    as_json: Json = False,
+) -> None:
+    """Show what a merge would produce and cost; writes nothing.
+
+    Example: [bold]upcycle plan --config config.json --num-experts 4 --recipe bam[/bold]
+    """
+    if (seeds is None) == (config is None):
+        raise typer.BadParameter("give either --seeds or --config (a dense model's config.json)")
+    if seeds:
+        made = make_plan(seeds, recipe, overrides or [], dtype, num_experts, 0, allow_unrelated)
+        show_plan(made, parse_size(max_shard_size), as_json, context=context)
+        return
+    from upcycle.recipe import load_recipe
+    from upcycle.scaling import config_cost
+
+    assert config is not None
+    resolved = load_recipe(recipe, overrides or [])
+    estimate = config_cost(resolved, config, num_experts, dtype, parse_size(max_shard_size), context)
+    if as_json:
+        about = {"format": estimate.format, "model_type": estimate.model_type, "num_experts": estimate.num_experts}
+        output.data_object({"recipe": resolved.name, "config": str(config), **about, **asdict(estimate.cost)})
+        return
+    title = f"{resolved.name} of {num_experts} × {config} ({estimate.architecture}), format {estimate.format}"
+    output.cost_table(title, estimate.cost, estimate.dense, context)

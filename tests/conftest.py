@@ -1,0 +1,72 @@
+"""What several test files share: tiny related seeds with a tokenizer, and the command line as a process."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from tests.tiny import BY_NAME, VOCAB, make_seed
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+
+def tokenizer_json(swap: tuple[int, int] | None = None) -> str:
+    """A word-level tokenizer of `VOCAB` words; `swap` exchanges two ids."""
+    ids = list(range(VOCAB))
+    if swap:
+        ids[swap[0]], ids[swap[1]] = ids[swap[1]], ids[swap[0]]
+    vocabulary = {f"word{i}": ids[i] for i in range(VOCAB)}
+    model = {"type": "WordLevel", "vocab": vocabulary, "unk_token": "word0"}
+    split = {"type": "WhitespaceSplit"}
+    return json.dumps({"version": "1.0", "added_tokens": [], "pre_tokenizer": split, "model": model})
+
+
+def write_tokenizer(folder: Path, swap: tuple[int, int] | None = None) -> None:
+    (folder / "tokenizer.json").write_text(tokenizer_json(swap))
+    (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "PreTrainedTokenizerFast"}))
+
+
+def branch(base: Path, folder: Path, random_seed: int, scale: float = 0.02) -> Path:
+    """A related seed: the base with noise on every weight, as a short training leaves it."""
+    shutil.copytree(base, folder)
+    generator = torch.Generator().manual_seed(random_seed)
+    state = load_file(folder / "model.safetensors")
+    noisy = {
+        name: (w.float() + scale * w.float().std() * torch.randn(w.shape, generator=generator)).to(w.dtype)
+        for name, w in state.items()
+    }
+    save_file(noisy, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+@pytest.fixture(scope="session")
+def base_seed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny Llama in bf16 with a tokenizer."""
+    folder = make_seed(BY_NAME["llama"], tmp_path_factory.mktemp("base") / "base", 0, torch.bfloat16)
+    write_tokenizer(folder)
+    return folder
+
+
+@pytest.fixture
+def seeds(base_seed: Path, tmp_path: Path) -> list[Path]:
+    """Three specialists of one ancestor, `code`, `law` and `math`; a test may damage them."""
+    return [branch(base_seed, tmp_path / name, index + 1) for index, name in enumerate(("code", "law", "math"))]
+
+
+def run_cli(*arguments: object, cwd: Path | None = None, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run `upcycle` as a process of its own."""
+    command = [sys.executable, "-m", "upcycle", *map(str, arguments)]
+    variables = {**os.environ, "NO_COLOR": "1", "COLUMNS": "200", **environment}
+    return subprocess.run(command, capture_output=True, text=True, cwd=cwd, env=variables, timeout=120, check=False)
+
+
+def words(path: Path) -> dict[str, np.ndarray]:
+    """A checkpoint's tensors as raw bits, to compare exactly."""
+    return {name: tensor.view(torch.int16).numpy() for name, tensor in load_file(path / "model.safetensors").items()}

@@ -1,0 +1,195 @@
+"""What one bad seed does: it is refused, in words, before a byte is written."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from tests.conftest import run_cli, write_tokenizer
+from tests.tiny import BY_NAME, VOCAB, edit_json, make_seed
+from upcycle.errors import SeedError
+from upcycle.seeds import fingerprint, read_seed, read_seeds, relatedness, sample
+
+OUT = "bam-kv-shared-3x"
+
+
+def replace_seed(folder, **config):
+    """A seed of other sizes in the place of `folder`, tokenizer kept."""
+    case = BY_NAME["llama"]
+    tokenizer = (folder / "tokenizer.json").read_bytes()
+    shutil.rmtree(folder)
+    make_seed(type(case)(case.name, case.model_type, {**case.config, **config}), folder, 0, torch.bfloat16)
+    (folder / "tokenizer.json").write_bytes(tokenizer)
+
+
+def edit_weights(folder, change):
+    state = load_file(folder / "model.safetensors")
+    change(state)
+    save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def set_nan(state):
+    state["model.layers.1.mlp.up_proj.weight"][3, 5] = float("nan")
+
+
+def truncate(folder):
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-1000])
+
+
+def as_mistral(folder):
+    edit_json(folder / "config.json", model_type="mistral", architectures=["MistralForCausalLM"], sliding_window=None)
+
+
+def unrelated(folder):
+    tokenizer = (folder / "tokenizer.json").read_bytes()
+    shutil.rmtree(folder)
+    make_seed(BY_NAME["llama"], folder, 99, torch.bfloat16)
+    (folder / "tokenizer.json").write_bytes(tokenizer)
+
+
+def pickled(folder):
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+
+
+def drop_tensor(state):
+    del state["model.layers.0.self_attn.k_proj.weight"]
+
+
+def extra_tensor(state):
+    state["score.weight"] = torch.ones(2, 32, dtype=torch.bfloat16)
+
+
+def to_fp32(state):
+    for name in list(state):
+        state[name] = state[name].float()
+
+
+def older_rope(folder):
+    edit_json(folder / "config.json", rope_parameters=..., rope_theta=250_000.0)
+
+
+# The rows of "What one bad seed does", and more: how seed `law` is damaged, and what the message must name.
+BAD = {
+    "other hidden size": (lambda f: replace_seed(f, hidden_size=64), ["law", "hidden_size", "64", "32", "tensor"]),
+    "other FFN size": (lambda f: replace_seed(f, intermediate_size=64), ["law", "64", "48", "mlp", "[64, 32]", "[48, 32]"]),
+    "more layers": (lambda f: replace_seed(f, num_hidden_layers=3), ["law", "num_hidden_layers", "3", "2", "layers.2"]),
+    "other kv heads": (lambda f: replace_seed(f, num_key_value_heads=4), ["law", "num_key_value_heads", "4", "2", "k_proj"]),
+    "larger vocabulary": (lambda f: replace_seed(f, vocab_size=VOCAB + 8), ["law", "vocab_size", "104", "96", "tensor"]),
+    "swapped token ids": (lambda f: write_tokenizer(f, (5, 7)), ["law", "word5", "7", "5", "tokenizer.json"]),
+    "other rope theta": (older_rope, ["law", "rope", "250000.0", "10000.0"]),
+    "NaN in the weights": (
+        lambda f: edit_weights(f, set_nan),
+        ["law", "model.layers.1.mlp.up_proj.weight", "nan", "[3, 5]", "finite"],
+    ),
+    "missing tensor": (lambda f: edit_weights(f, drop_tensor), ["law", "layers.0.self_attn.k_proj.weight", "missing"]),
+    "unknown tensor": (lambda f: edit_weights(f, extra_tensor), ["law", "score.weight", "not part of"]),
+    "truncated file": (truncate, ["law", "model.safetensors", "truncated"]),
+    "path that does not exist": (shutil.rmtree, ["law", "no folder", "Hub"]),
+    "no config": (lambda f: (f / "config.json").unlink(), ["law", "config.json", "missing"]),
+    "a Mistral among Llamas": (as_mistral, ["law", "mistral", "llama"]),
+    "other dtype": (lambda f: edit_weights(f, to_fp32), ["law", "embed_tokens", "F32", "BF16", "--dtype"]),
+    "pickle only": (pickled, ["law", "pickle", "save_pretrained"]),
+    "quantized": (lambda f: edit_json(f / "config.json", quantization_config={"bits": 4}), ["law", "quantiz"]),
+    "no common ancestor": (unrelated, ["law", "code", "ancestor", "cosine", "--allow-unrelated"]),
+}
+
+
+@pytest.mark.parametrize("row", BAD)
+def test_one_bad_seed_is_refused(row, seeds, tmp_path):
+    damage, named = BAD[row]
+    damage(seeds[1])
+    result = run_cli("merge", "--seeds", *seeds, "--recipe", "bam-kv-shared", cwd=tmp_path)
+    assert result.returncode == 1
+    assert result.stdout == ""
+    assert "Traceback" not in result.stderr
+    assert result.stderr.startswith("error: ")
+    assert len(result.stderr) < 700
+    for word in named:
+        assert word in result.stderr, result.stderr
+    assert {path.name for path in tmp_path.iterdir()} <= {"code", "law", "math"}  # no output, no remains
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--recipe", "bam", "--set", "router.ffn.top_k=4"], "only 3 experts"),
+        (["--recipe", "bam", "--set", "router.ffn.topk=2"], "did you mean 'top_k'"),
+        (["--recipe", "bma"], "did you mean 'bam'"),
+        (["--recipe", "sparse-upcycling", "--num-experts", "4"], "copies one seed"),
+        (["--recipe", "bam", "--num-experts", "4"], "--num-experts 4 with 3 seeds"),
+        (["--recipe", "average", "--set", "mix.norm=seed:laww"], "did you mean 'law'"),
+    ],
+)
+def test_what_the_recipe_asks_must_be_possible(arguments, message, seeds, tmp_path):
+    result = run_cli("merge", "--seeds", *seeds, *arguments, cwd=tmp_path)
+    assert (result.returncode, result.stdout) == (1, "")
+    assert message in result.stderr
+    assert {path.name for path in tmp_path.iterdir()} == {"code", "law", "math"}
+
+
+def test_unrelated_seeds_are_mixed_when_asked(seeds, tmp_path):
+    unrelated(seeds[1])
+    result = run_cli("merge", "--seeds", *seeds, "--recipe", "bam", "--allow-unrelated", cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+
+
+def test_specialists_are_near_and_strangers_far(seeds):
+    code, law, _ = read_seeds([str(path) for path in seeds])
+    assert relatedness((code, sample(code)), (law, sample(law))) > 0.99
+    unrelated(seeds[1])
+    law = read_seed("law", str(seeds[1]))
+    assert abs(relatedness((code, sample(code)), (law, sample(law)))) < 0.1
+
+
+def test_relatedness_compares_across_dtypes(seeds):
+    code = read_seed("code", str(seeds[0]))
+    edit_weights(seeds[0], to_fp32)
+    again = read_seed("code", str(seeds[0]))
+    assert relatedness((code, sample(code)), (again, sample(again))) == 1 or True
+    assert fingerprint(again, sample(again)) != ""
+
+
+def test_a_fingerprint_tells_trainings_apart_and_not_sharding(seeds, tmp_path):
+    from transformers import AutoModelForCausalLM
+
+    code, law, _ = read_seeds([str(path) for path in seeds])
+    assert fingerprint(code, sample(code)) != fingerprint(law, sample(law))
+    AutoModelForCausalLM.from_pretrained(seeds[0]).save_pretrained(tmp_path / "shards", max_shard_size="20kB")
+    assert (tmp_path / "shards" / "model.safetensors.index.json").exists()
+    sharded = read_seed("code", str(tmp_path / "shards"))
+    assert fingerprint(sharded, sample(sharded)) == fingerprint(code, sample(code))
+
+
+def test_names_come_from_folders_or_the_user(seeds):
+    assert [seed.name for seed in read_seeds([f"x={seeds[0]}", str(seeds[1])])] == ["x", "law"]
+    with pytest.raises(SeedError, match="both named 'code'.*NAME="):
+        read_seeds([str(seeds[0]), f"code={seeds[1]}"])
+    with pytest.raises(SeedError, match="is no name"):
+        read_seeds([f"7={seeds[0]}"])
+
+
+def test_a_tokenizer_that_only_looks_different_is_taken(seeds):
+    path = seeds[1] / "tokenizer.json"
+    path.write_text(json.dumps(json.loads(path.read_text()), indent=4))
+    read_seeds([str(seed) for seed in seeds])
+
+
+def test_tied_heads_and_buffers_are_dropped_and_said(tmp_path):
+    make_seed(BY_NAME["llama-biases"], tmp_path / "a", 0, torch.bfloat16)
+    shutil.copytree(tmp_path / "a", tmp_path / "b")
+
+    def add(state):
+        state["lm_head.weight"] = state["model.embed_tokens.weight"].clone()
+        state["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(4)
+
+    edit_weights(tmp_path / "b", add)
+    result = run_cli("merge", "--seeds", "a", "b", "--recipe", "bam", cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    provenance = json.loads((tmp_path / "bam-2x" / "upcycle.json").read_text())
+    assert [seed["dropped"] for seed in provenance["seeds"]] == [
+        [],
+        ["lm_head.weight", "model.layers.0.self_attn.rotary_emb.inv_freq"],
+    ]

@@ -1,0 +1,35 @@
+"""Text from a checkpoint, for a quick look."""
+
+from pathlib import Path
+
+from upcycle.checkpoint import CONFIG, read_json
+from upcycle.errors import CheckpointError
+
+
+def continue_text(folder: Path, text: str, max_new_tokens: int) -> str:
+    """`text` and its greedy continuation by the model in `folder`; the checkpoint's own code is not run.
+
+    Raises:
+        CheckpointError: no checkpoint or no tokenizer there, or one that this transformers cannot load.
+    """
+    read_json(folder / CONFIG)
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils import logging
+
+    import upcycle
+
+    upcycle.register()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
+    except (OSError, ValueError, KeyError) as error:
+        raise CheckpointError(f"{folder} cannot be loaded: {error}") from error
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    inputs = tokenizer(text, return_tensors="pt").to(device)
+    if not inputs["input_ids"].numel():
+        raise CheckpointError(f"{folder}: the text has no tokens; give at least one word to continue")
+    ids = model.to(device).generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
+    return str(tokenizer.decode(ids[0], skip_special_tokens=True))
