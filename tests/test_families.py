@@ -65,7 +65,13 @@ def test_both_spellings_of_a_config_are_one(old, new):
 
 @pytest.mark.parametrize(
     ("key", "value"),
-    [("hidden_size", "256"), ("num_hidden_layers", 2**40), ("num_hidden_layers", 0), ("vocab_size", True), ("head_dim", -1)],
+    [
+        ("hidden_size", "256"),
+        ("num_hidden_layers", 2**40),
+        ("num_hidden_layers", 0),
+        ("vocab_size", True),
+        ("head_dim", -1),
+    ],
 )
 def test_a_size_of_the_wrong_kind_is_refused(key, value):
     with pytest.raises(SeedError, match=key):

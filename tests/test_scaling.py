@@ -41,10 +41,11 @@ def test_flops_are_those_of_the_papers_table():
 
 
 def test_cache_grows_with_key_value_experts_alone():
-    caches = {r: config_cost(load_recipe(r), PAPER, 4, None, 10**10, 1).cost.cache_bytes_per_token for r in ("bam", "btx")}
-    shared = config_cost(load_recipe("bam-kv-shared"), PAPER, 4, None, 10**10, 1).cost.cache_bytes_per_token
-    assert caches["btx"] == shared == 2 * 2 * 6 * 1024
-    assert caches["bam"] == 4 * shared
+    def cache(recipe):
+        return config_cost(load_recipe(recipe), PAPER, 4, None, 10**10, 1).cost.cache_bytes_per_token
+
+    assert cache("btx") == cache("bam-kv-shared") == 2 * 2 * 6 * 1024
+    assert cache("bam") == 4 * cache("btx")
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
@@ -52,7 +53,8 @@ def test_counts_are_those_of_the_file(case, tmp_path):
     tensors = read_tensors(make_seed(case, tmp_path / "seed", 0))
     written = read_json(tmp_path / "seed" / "config.json")
     family = find_family(written, "x")
-    layout = make_layout(family, read_sizes(family, written, "x"), config_values(family, written), load_recipe("average"), 1)
+    values = config_values(family, written)
+    layout = make_layout(family, read_sizes(family, written, "x"), values, load_recipe("average"), 1)
     assert dict(layout.dense) == {name: info.shape for name, info in tensors.items()}
     cost = layout_cost(layout, load_recipe("average"), 1, 0, 1)
     assert cost.total_parameters == sum(prod(info.shape) for info in tensors.values())

@@ -19,7 +19,8 @@ from typing import Any, Final
 import numpy as np
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+from transformers.utils import logging
 
 from upcycle.checkpoint import staging
 from upcycle.errors import OutputError, RecipeError, UpcycleError, did_you_mean
@@ -141,7 +142,7 @@ def run_demo(
         report("measuring held-out loss")
         futures = {name: pool.submit(measure, path, heldout) for name, path in (seeds | {mixture.name: mixture}).items()}
         losses = {name: future.result() for name, future in futures.items()}
-    prompt, sample = _sample(mixture, heldout["code"][0][:32])
+        prompt, sample = pool.submit(_sample, mixture, heldout["code"][0][:32]).result()
     return DemoResult(losses, mixture, prompt, sample, time.monotonic() - began)
 
 
@@ -209,7 +210,7 @@ def make_tokenizer(folder: Path, key: str, text: Text, settings: Settings) -> An
                 clean_up_tokenization_spaces=False,
                 **special,
             ).save_pretrained(partial)
-    return AutoTokenizer.from_pretrained(folder)
+    return PreTrainedTokenizerFast.from_pretrained(folder)
 
 
 def encode(tokenizer: Any, documents: Sequence[str]) -> Array:
@@ -246,16 +247,17 @@ def _trainings(
 def _workers() -> Iterator[Executor]:
     # Processes rather than threads: at this size a second thread within one training slows it down.
     context = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(WORKERS, context, initializer=_end_on_interrupt)
+    pool = ProcessPoolExecutor(WORKERS, context, initializer=_prepare_worker)
     try:
         yield pool
     finally:
         pool.shutdown(cancel_futures=True)
 
 
-def _end_on_interrupt() -> None:
-    """Let Ctrl-C, which reaches every process of the terminal, end a worker without a traceback."""
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
+def _prepare_worker() -> None:
+    torch.set_num_threads(1)
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C reaches every process: end without a traceback
+    logging.disable_progress_bar()  # transformers' own bars, one for each model that is read or written
 
 
 def _train_missing(pool: Executor, trainings: Sequence[Training], report: Progress) -> None:
@@ -275,10 +277,9 @@ def train(training: Training) -> float:
     """
     began = time.monotonic()
     settings = training.settings
-    torch.set_num_threads(1)
     torch.manual_seed(settings.random_seed)
     random = np.random.default_rng(settings.random_seed)
-    tokenizer = AutoTokenizer.from_pretrained(training.tokenizer)
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(training.tokenizer)
     model = _load(training.base) if training.base else _new_model(training.family, len(tokenizer), settings)
     model.train()
     optimizers = _optimizers(model, training.learning_rate)
@@ -362,7 +363,6 @@ def _merge(recipe: str, seeds: Sequence[Path], folder: Path, report: Progress) -
 
 def measure(folder: Path, heldout: Tokens) -> dict[str, float]:
     """Held-out loss of the model in `folder`, nats per token, by domain; `heldout` holds `[windows, context]` tokens."""
-    torch.set_num_threads(1)
     model = _load(folder)
     return {
         domain: heldout_loss(model, torch.from_numpy(tokens.astype(np.int64))) for domain, tokens in heldout.items()
@@ -385,7 +385,7 @@ def heldout_loss(model: Any, windows: torch.Tensor) -> float:
 
 
 def _sample(mixture: Path, prompt: Array, new_tokens: int = 24) -> tuple[str, str]:
-    tokenizer, model = AutoTokenizer.from_pretrained(mixture), _load(mixture)
+    tokenizer, model = PreTrainedTokenizerFast.from_pretrained(mixture), _load(mixture)
     tokens = torch.from_numpy(prompt.astype(np.int64))[None]
     output = model.generate(tokens, max_new_tokens=new_tokens, do_sample=False)[0, tokens.shape[1] :]
     return tokenizer.decode(prompt, skip_special_tokens=True), tokenizer.decode(output, skip_special_tokens=True)

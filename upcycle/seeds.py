@@ -13,7 +13,7 @@ from typing import Any, Final
 import numpy as np
 
 from upcycle.checkpoint import CONFIG, ITEM_SIZE, TensorInfo, read_json, read_tensors
-from upcycle.errors import SeedError
+from upcycle.errors import CheckpointError, SeedError
 from upcycle.families import Family, Sizes, config_values, find_family, read_sizes
 from upcycle.numeric import FLOATS, to_float32
 
@@ -55,7 +55,6 @@ def read_seeds(specs: Sequence[str]) -> list[Seed]:
 
     Raises:
         SeedError: a seed that cannot be read, two of one name, or seeds that do not belong together.
-        CheckpointError: a damaged file of a seed.
     """
     named = [_split_name(spec) for spec in specs]
     for (first, one), (second, other) in combinations(named, 2):
@@ -88,7 +87,7 @@ def read_seed(name: str, source: str) -> Seed:
     """Read one seed's config and headers; a `source` that is no folder is looked up on the Hub.
 
     Raises:
-        SeedError, CheckpointError: what is missing or wrong, and in which file.
+        SeedError: what is missing or wrong, and in which file.
     """
     folder, revision = Path(source), None
     if folder.is_file():
@@ -99,15 +98,18 @@ def read_seed(name: str, source: str) -> Seed:
         from upcycle.hub import download_seed  # huggingface_hub costs a second: only where it is needed
 
         folder, revision = download_seed(name, source)
-    config = read_json(folder / CONFIG)
     where = f"seed '{name}'"
+    try:
+        config, tensors = read_json(folder / CONFIG), read_tensors(folder)
+    except CheckpointError as error:
+        raise SeedError(f"{where}: {error}") from error
     if config.get("quantization_config"):
         raise SeedError(
             f"{where}: its weights are quantized (config.json has quantization_config); give the full-precision one"
         )
     family = find_family(config, where)
     sizes = read_sizes(family, config, where)
-    return Seed(name, folder, revision, config, family, sizes, config_values(family, config), read_tensors(folder))
+    return Seed(name, folder, revision, config, family, sizes, config_values(family, config), tensors)
 
 
 def _check_same_architecture(first: Seed, seed: Seed) -> None:
