@@ -19,7 +19,7 @@ def extract(
 ) -> None:
     """Take an expert out of a mixture as a dense checkpoint, with the mixture's shared parameters.
 
-    Example: [bold]upcycle extract bam-4x --expert law --out law-again[/bold]
+    Example: upcycle extract bam-4x --expert law --out law-again
     """
     from upcycle.merge import merge
     from upcycle.mixture import find_expert, plan_extract, read_mixture

@@ -15,7 +15,7 @@ def generate(
 ) -> None:
     """Continue a text greedily; a quick look, no code from the checkpoint is run.
 
-    Example: [bold]upcycle generate bam-kv-shared-3x "def main():"[/bold]
+    Example: upcycle generate bam-kv-shared-3x "def main():"
     """
     from upcycle.generation import continue_text
 

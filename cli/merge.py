@@ -52,7 +52,7 @@ def merge(
 ) -> None:
     """Merge dense checkpoints of one ancestor into one mixture of experts.
 
-    Example: [bold]upcycle merge --seeds code law math --recipe bam-kv-shared[/bold]
+    Example: upcycle merge --seeds code law math --recipe bam-kv-shared
     """
     from upcycle.checkpoint import check_target
 

@@ -39,7 +39,7 @@ def plan(
 ) -> None:
     """Show what a merge would produce and cost; writes nothing.
 
-    Example: [bold]upcycle plan --config config.json --num-experts 4 --recipe bam[/bold]
+    Example: upcycle plan --config config.json --num-experts 4 --recipe bam
     """
     if (seeds is None) == (config is None):
         raise typer.BadParameter("give either --seeds or --config (a dense model's config.json)")

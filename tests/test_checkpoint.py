@@ -105,9 +105,15 @@ def test_staging_shows_all_or_nothing(tmp_path):
         (partial / "a").write_text("1")
         assert not out.exists()
     assert (out / "a").read_text() == "1"
-    with pytest.raises(KeyboardInterrupt), staging(out) as partial:
-        (partial / "a").write_text("2")
-        raise KeyboardInterrupt
+
+
+    def interrupted():
+        with staging(out) as partial:
+            (partial / "a").write_text("2")
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
     assert (out / "a").read_text() == "1"
     with staging(out):
         pass

@@ -1,9 +1,10 @@
 """The command line: its contract of streams, exit codes, names and lists."""
 
 import json
+import resource
+import statistics
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -157,10 +158,12 @@ def test_help_is_quick_and_imports_neither_torch_nor_transformers():
     assert result.stdout.splitlines()[-1] == "[]"
     times = []
     for _ in range(5):
-        began = time.monotonic()
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
         assert run_cli("--help").returncode == 0
-        times.append(time.monotonic() - began)
-    assert min(times) < 0.3, times
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        # Processor time: what a free core takes, however many tests run beside this one.
+        times.append(after.ru_utime - before.ru_utime + after.ru_stime - before.ru_stime)
+    assert statistics.median(times) < 0.3, times
 
 
 def test_importing_changes_nothing():

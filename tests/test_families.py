@@ -84,5 +84,5 @@ def test_heads_must_divide():
 
 
 def test_an_unknown_family_lists_the_known():
-    with pytest.raises(SeedError, match="gpt_neox.*llama"):
+    with pytest.raises(SeedError, match=r"gpt_neox.*llama"):
         find_family({"model_type": "bert"}, "seed 'x'")
