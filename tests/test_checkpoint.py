@@ -106,7 +106,6 @@ def test_staging_shows_all_or_nothing(tmp_path):
         assert not out.exists()
     assert (out / "a").read_text() == "1"
 
-
     def interrupted():
         with staging(out) as partial:
             (partial / "a").write_text("2")

@@ -7,8 +7,9 @@ from transformers import AutoConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from tests.tiny import CASES, dense_config
+from upcycle.dense_config import config_values, find_family, read_sizes
 from upcycle.errors import SeedError
-from upcycle.families import FAMILIES, config_values, find_family, read_sizes
+from upcycle.families import FAMILIES
 
 # Keys that change nothing of what a trained model computes.
 BOOKKEEPING = {

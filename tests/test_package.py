@@ -18,7 +18,8 @@ ROOT = Path(__file__).parent.parent
 def run(*command: object, cwd: Path = ROOT, **environment: str) -> str:
     variables = {**os.environ, **environment}
     variables.pop("PYTHONPATH", None)
-    result = subprocess.run([str(word) for word in command], cwd=cwd, env=variables, capture_output=True, text=True, check=False)
+    words = [str(word) for word in command]
+    result = subprocess.run(words, cwd=cwd, env=variables, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stdout[-4000:] + result.stderr[-4000:]
     return result.stdout
 

@@ -7,8 +7,8 @@ import pytest
 
 from tests.tiny import CASES, make_seed
 from upcycle.checkpoint import read_json, read_tensors
+from upcycle.dense_config import config_values, find_family, read_sizes
 from upcycle.errors import RecipeError
-from upcycle.families import config_values, find_family, read_sizes
 from upcycle.layout import make_layout
 from upcycle.recipe import load_recipe
 from upcycle.scaling import config_cost, layout_cost

@@ -4,8 +4,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from upcycle.checkpoint import CONFIG, read_json, read_tensors
+from upcycle.dense_config import config_values, find_family, read_sizes
 from upcycle.errors import RecipeError
-from upcycle.families import config_values, find_family, read_sizes
 from upcycle.layout import Layout, make_layout
 from upcycle.mixture import read_mixture
 from upcycle.numeric import TORCH_NAMES

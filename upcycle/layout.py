@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from math import prod
 from typing import Any, Final
 
-from upcycle.families import Family, Sizes
+from upcycle.dense_config import Sizes
+from upcycle.families import Family
 from upcycle.recipe import Recipe
 
 PREFIX: Final = "dense."  # the BAM model holds the seed's own model as its child `dense`

@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from upcycle.checkpoint import CONFIG, PROVENANCE, TensorInfo, read_json, read_tensors
+from upcycle.dense_config import config_values, find_family, read_sizes
 from upcycle.errors import CheckpointError, RecipeError
-from upcycle.families import config_values, find_family, read_sizes
 from upcycle.layout import Layout, Piece, make_layout
 from upcycle.plan import (
     FORMAT_VERSION,

@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any, Final
 
 from upcycle.checkpoint import ITEM_SIZE, TensorInfo
+from upcycle.dense_config import config_values
 from upcycle.errors import RecipeError, SeedError, did_you_mean
-from upcycle.families import Family, config_values
+from upcycle.families import Family
 from upcycle.layout import Group, Layout, MixtureTensor, make_layout
 from upcycle.numeric import TORCH_NAMES
 from upcycle.recipe import EXPERTS, SEED_PREFIX, WEIGHTED, Recipe

@@ -5,8 +5,8 @@ from pathlib import Path
 from typing import Final
 
 from upcycle.checkpoint import plan_shards, read_json
+from upcycle.dense_config import config_values, find_family, read_sizes
 from upcycle.errors import RecipeError
-from upcycle.families import config_values, find_family, read_sizes
 from upcycle.layout import Layout, make_layout
 from upcycle.numeric import TORCH_NAMES
 from upcycle.plan import MergePlan, check_recipe

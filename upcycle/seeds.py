@@ -13,8 +13,9 @@ from typing import Any, Final
 import numpy as np
 
 from upcycle.checkpoint import CONFIG, ITEM_SIZE, TensorInfo, read_json, read_tensors
+from upcycle.dense_config import Sizes, config_values, find_family, read_sizes
 from upcycle.errors import CheckpointError, SeedError
-from upcycle.families import Family, Sizes, config_values, find_family, read_sizes
+from upcycle.families import Family
 from upcycle.numeric import FLOATS, to_float32
 
 SAMPLE_ELEMENTS: Final = 2048
