@@ -187,6 +187,18 @@ def test_names_come_from_folders_or_the_user(seeds):
         read_seeds([f"7={seeds[0]}"])
 
 
+def test_seeds_may_differ_in_what_decides_nothing(seeds):
+    """Another longest position (a label here), another spelling of rope, bookkeeping of a trainer."""
+    edit_json(seeds[1] / "config.json", max_position_embeddings=4096, rope_parameters=..., rope_theta=10000.0)
+    edit_json(seeds[2] / "config.json", use_cache=False, trained_by="hand", initializer_range=0.1, eos_token_id=[2, 5])
+    read_seeds([str(path) for path in seeds])
+    scaled = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}  # this one reads the longest position
+    for path, longest in zip(seeds, (64, 4096, 64), strict=True):
+        edit_json(path / "config.json", rope_parameters=scaled, max_position_embeddings=longest)
+    with pytest.raises(SeedError, match="max_position_embeddings = 4096"):
+        read_seeds([str(path) for path in seeds])
+
+
 def test_a_tokenizer_that_only_looks_different_is_taken(seeds):
     path = seeds[1] / "tokenizer.json"
     path.write_text(json.dumps(json.loads(path.read_text()), indent=4))

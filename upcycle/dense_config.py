@@ -29,6 +29,26 @@ def config_values(family: Family, config: Mapping[str, Any]) -> dict[str, Any]:
     return values
 
 
+def decisive_values(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The values in which seeds must agree: those that nothing else in `values` states or makes idle.
+
+    The longest position is only a label unless the rotary scaling reads it, and fine-tunes of one ancestor often
+    differ in it; window and position settings have already been written out layer by layer.
+    """
+    idle = {"max_window_layers", "use_sliding_window", "no_rope_layer_interval"}
+    rope = values["rope"]
+    kinds = [rope] if "rope_type" in rope else list(rope.values())
+    if not any(_reads_longest_position(kind) for kind in kinds):
+        idle.add("max_position_embeddings")
+    return {key: value for key, value in values.items() if key not in idle}
+
+
+def _reads_longest_position(rope: Mapping[str, Any]) -> bool:
+    if rope["rope_type"] in ("default", "linear"):
+        return False
+    return rope["rope_type"] == "dynamic" or "original_max_position_embeddings" not in rope
+
+
 def _layer_types(family: Family, config: Mapping[str, Any], values: Mapping[str, Any]) -> list[str]:
     layers = range(values["num_hidden_layers"])
     if family.sliding_every:

@@ -13,7 +13,7 @@ from typing import Any, Final
 import numpy as np
 
 from upcycle.checkpoint import CONFIG, ITEM_SIZE, TensorInfo, read_json, read_tensors
-from upcycle.dense_config import Sizes, config_values, find_family, read_sizes
+from upcycle.dense_config import Sizes, config_values, decisive_values, find_family, read_sizes
 from upcycle.errors import CheckpointError, SeedError
 from upcycle.families import Family
 from upcycle.numeric import FLOATS, to_float32
@@ -119,10 +119,11 @@ def _check_same_architecture(first: Seed, seed: Seed) -> None:
             f"{seed.where} is a {seed.config['model_type']} model, {first.where} a {first.config['model_type']} model; "
             "only models of one family and one ancestor can be mixed"
         )
-    for key, value in first.values.items():
-        if seed.values[key] != value:
+    found = decisive_values(seed.values)
+    for key, value in decisive_values(first.values).items():
+        if found.get(key) != value:
             raise SeedError(
-                f"{seed.where}: config.json says {key} = {json.dumps(seed.values[key])}, but {first.where} says "
+                f"{seed.where}: config.json says {key} = {json.dumps(found.get(key))}, but {first.where} says "
                 f"{json.dumps(value)}{_tensor_difference(first, seed)}; seeds of one ancestor agree, so leave one out"
             )
 
