@@ -32,7 +32,8 @@ def extract(
         output.data_object(output.result_object(plan, out, result.bytes_written, result.seconds))
         return
     output.data_line(
-        f"{out}: expert {expert} as a dense {plan.layout.family.architecture}, {output.size(result.bytes_written)}"
+        f"{out}: expert {expert} as a dense {plan.layout.model.family.architecture}, "
+        f"{output.size(result.bytes_written)}"
     )
     output.data_line("\nLoad it with\n")
     for line in output.loading_lines(out, remote_code=False):

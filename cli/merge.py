@@ -106,7 +106,7 @@ def show_plan(
             {"recipe": plan.recipe.name, "seeds": seeds, "out": out and str(out), **about, **asdict(cost)}
         )
         return
-    title = f"{plan.recipe.name} of {', '.join(seeds)} ({plan.layout.family.architecture}), format {plan.format}"
+    title = f"{plan.recipe.name} of {', '.join(seeds)} ({plan.layout.model.family.architecture}), format {plan.format}"
     output.cost_table(title, cost, dense, context)
 
 
@@ -129,6 +129,11 @@ def run(plan: "MergePlan", out: Path, max_shard_size: int, overwrite: bool, as_j
     )
     if plan.format == "bam":
         output.data_line("Its routers are untrained: expect little before the mixture is trained.")
+        if plan.recipe.ffn_router.top_k == 1 and plan.recipe.ffn_router.normalize:
+            output.data_line(
+                "With top_k = 1 and normalize = true every gate is 1: the language-model loss gives the FFN routers no "
+                "gradient. To train them, take normalize = false, as the paper does."
+            )
     output.data_line("\nLoad it with\n")
     for line in output.loading_lines(out, remote_code=plan.format == "bam"):
         output.data_line(f"  {line}")

@@ -8,6 +8,7 @@ import typer
 
 from . import output
 from .merge import (
+    DTYPES,
     Dtype,
     Json,
     MaxShardSize,
@@ -52,7 +53,8 @@ def plan(
 
     assert config is not None
     resolved = load_recipe(recipe, overrides or [])
-    estimate = config_cost(resolved, config, num_experts, dtype, parse_size(max_shard_size), context)
+    written = DTYPES[dtype] if dtype else None
+    estimate = config_cost(resolved, config, num_experts, written, parse_size(max_shard_size), context)
     if as_json:
         about = {"format": estimate.format, "model_type": estimate.model_type, "num_experts": estimate.num_experts}
         output.data_object({"recipe": resolved.name, "config": str(config), **about, **asdict(estimate.cost)})

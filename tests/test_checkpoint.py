@@ -1,6 +1,7 @@
 """Headers, shards and the staging folder."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -134,6 +135,34 @@ def test_remains_of_a_killed_run_do_not_enter_the_next(tmp_path):
     with staging(tmp_path / "out"):
         pass
     assert not list((tmp_path / "out").iterdir())
+
+
+def test_a_former_result_comes_back_when_replacing_fails(tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    with staging(out) as partial:
+        (partial / "a").write_text("1")
+    real, calls = Path.rename, []
+
+    def failing(self, target):
+        calls.append(target)
+        if len(calls) == 2:
+            raise PermissionError("no")
+        return real(self, target)
+
+    def replace():
+        with staging(out) as partial:
+            (partial / "a").write_text("2")
+
+    monkeypatch.setattr(Path, "rename", failing)
+    with pytest.raises(PermissionError):
+        replace()
+    monkeypatch.undo()
+    assert (out / "a").read_text() == "1"
+    # A kill between the two renames leaves the former result beside; the next run brings it back or replaces it.
+    out.rename(tmp_path / ".out.upcycle-old")
+    replace()
+    assert (out / "a").read_text() == "2"
+    assert list(tmp_path.iterdir()) == [out]
 
 
 def test_only_a_former_result_is_overwritten(tmp_path):

@@ -14,11 +14,11 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import upcycle.merge as merging
 from tests.conftest import branch, run_cli, words
-from tests.tiny import BY_NAME, CASES, VOCAB, make_seed, make_seeds
+from tests.tiny import BY_NAME, CASES, VOCAB, edit_json, make_seed, make_seeds
 from upcycle.errors import OutputError, SeedError
 from upcycle.merge import merge
 from upcycle.mixture import find_expert, plan_extract, read_mixture
@@ -214,6 +214,63 @@ def test_every_family_with_every_recipe_loads_and_is_finite(case, tmp_path):
         merge(make_plan(paths[: 1 if recipe.copies else 3], name, allow_unrelated=True, **copies), tmp_path / name)
         model = AutoModelForCausalLM.from_pretrained(tmp_path / name, trust_remote_code=True)
         assert torch.isfinite(model(x, labels=x).loss)
+
+
+@pytest.mark.parametrize(
+    ("name", "tokenizer_class"),
+    [
+        *(
+            (name, f"{kind}Tokenizer")
+            for name in ("llama", "mistral", "olmo2", "granite", "phi3")
+            for kind in ("GPT2", "Llama")
+        ),
+        ("llama", "PreTrainedTokenizerFast"),
+        ("qwen2", "Qwen2Tokenizer"),
+        ("starcoder2", "GPT2Tokenizer"),
+        ("gpt_neox", "GPTNeoXTokenizer"),
+    ],
+)
+def test_a_mixture_tokenizes_like_its_seed(name, tokenizer_class, tmp_path):
+    """AutoTokenizer chooses by model type; the mixture's type must not change what a text becomes."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Digits(True), pre_tokenizers.ByteLevel(False)])
+    tokenizer.decoder = decoders.ByteLevel()
+    text = "def main():\n\n\n    return  1234\n\n\n\n"
+    trainer = trainers.BpeTrainer(vocab_size=VOCAB, special_tokens=["<s>", "</s>"], show_progress=False)
+    tokenizer.train_from_iterator([text] * 9, trainer)
+    paths = make_seeds(BY_NAME[name], tmp_path, 2, torch.bfloat16)
+    for path in paths:
+        tokenizer.save(str(path / "tokenizer.json"))
+        table = {"tokenizer_class": tokenizer_class, "bos_token": "<s>", "eos_token": "</s>", "model_max_length": 64}
+        (path / "tokenizer_config.json").write_text(json.dumps(table))
+    merge(make_plan(paths, "bam", allow_unrelated=True), tmp_path / "out")
+    dense, mixed = (AutoTokenizer.from_pretrained(p, trust_remote_code=True) for p in (paths[0], tmp_path / "out"))
+    assert mixed(text)["input_ids"] == dense(text)["input_ids"]
+    assert mixed("a</s> b")["input_ids"] == dense("a</s> b")["input_ids"]
+
+
+def test_a_trained_mixture_is_inspected_and_extracted(seeds, tmp_path):
+    """save_pretrained knows nothing of upcycle.json; the config alone says what is an expert."""
+    merge(make_plan(seeds), tmp_path / "out")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out", trust_remote_code=True)
+    model.save_pretrained(tmp_path / "trained")
+    assert not (tmp_path / "trained" / "upcycle.json").exists()
+    inspected = json.loads(run_cli("inspect", tmp_path / "trained", "--json").stdout)
+    assert inspected["experts"] == ["code", "law", "math"]
+    merge(plan_extract(read_mixture(tmp_path / "trained"), 1), tmp_path / "again")
+    assert np.array_equal(
+        words(tmp_path / "again")["model.layers.0.mlp.up_proj.weight"],
+        words(seeds[1])["model.layers.0.mlp.up_proj.weight"],
+    )
+
+
+def test_a_dense_result_names_no_code_that_it_lacks(seeds, tmp_path):
+    for seed in seeds:
+        edit_json(seed / "config.json", auto_map={"AutoConfig": "configuration_x.X"})
+    merge(make_plan(seeds, "average"), tmp_path / "out")
+    assert "auto_map" not in json.loads((tmp_path / "out" / "config.json").read_text())
 
 
 def test_files_beside_the_weights_are_taken_over_byte_for_byte(seeds, tmp_path):

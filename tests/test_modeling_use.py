@@ -11,7 +11,7 @@ import torch
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 from tests.test_modeling import RECIPES, mixture, tokens
-from tests.tiny import BY_NAME, CASES, VOCAB, make_seeds
+from tests.tiny import BY_NAME, CASES, VOCAB, Case, make_seeds
 from upcycle.merge import merge
 from upcycle.plan import plan_merge
 from upcycle.recipe import load_recipe
@@ -238,22 +238,86 @@ def test_lora_on_every_linear_layer_merges(name, made):
     torch.testing.assert_close(adapted.merge_and_unload()(x).logits, unmerged, atol=1e-4, rtol=1e-4)
 
 
-def test_a_model_made_from_a_config_is_initialised(made):
-    """Experts and biases too, which the family's own code does not know; a copy routes by its own routers."""
-    config = made("starcoder2", "bam").config
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_a_model_made_from_a_config_is_initialised(case, made):
+    """Experts, biases and widened norms too, which the family's own code does not know."""
+    config = made(case.name, "bam").config
     torch.manual_seed(0)
     fresh = AutoModelForCausalLM.from_config(config)
     for name, parameter in fresh.named_parameters():
         assert torch.isfinite(parameter).all(), name
-        if "experts" in name:
+        if "norm" in name:
+            assert parameter.unique().tolist() in ([0.0], [1.0]), name
+        elif "experts" in name:
             assert (parameter == 0).all() if name.endswith("bias") else 0.01 < parameter.std() < 0.03, name
-    twin = copy.deepcopy(fresh)
     x = tokens(1, 6)
+    assert torch.isfinite(fresh(x, labels=x).loss)
+
+
+def test_a_copy_routes_by_its_own_routers(made):
+    fresh = made("llama", "bam").train()
+    fresh.gradient_checkpointing_enable()
+    x = tokens(1, 6)
+    fresh(x, labels=x, output_router_logits=True, use_cache=False).loss.backward()
+    twin = copy.deepcopy(fresh)  # nothing of the step may cling to the modules
     assert torch.equal(twin(x).logits, fresh(x).logits)
     with torch.no_grad():
         for parameter in twin.parameters():
             parameter.zero_()
     assert fresh(x).logits.abs().max() > 0
+
+
+def test_reentrant_checkpointing_cannot_carry_router_losses(made):
+    model = made("llama", "bam").train()
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": True})
+    model.enable_input_require_grads()
+    x = tokens(1, 6)
+    model(x, labels=x, use_cache=False).loss.backward()
+    with pytest.raises(ValueError, match="use_reentrant"):
+        model(x, labels=x, use_cache=False, output_router_logits=True)
+
+
+def test_router_losses_in_generation_and_with_kept_logits(made):
+    model = made("gemma3_text", "bam")
+    x, mask = tokens(2, 9), torch.ones(2, 9, dtype=torch.long)
+    mask[0, :3] = 0
+    whole = model(x, attention_mask=mask, output_router_logits=True)
+    for keep in (1, torch.tensor([2, 8])):
+        part = model(x, attention_mask=mask, output_router_logits=True, logits_to_keep=keep)
+        assert torch.equal(part.z_loss, whole.z_loss)
+    options = {"max_new_tokens": 4, "do_sample": False, "eos_token_id": None, "attention_mask": mask}
+    plain = model.generate(x, **options)
+    static = {"cache_implementation": "static", "disable_compile": True}
+    assert torch.equal(model.generate(x, output_router_logits=True, **options, **static), plain)
+
+
+@pytest.mark.parametrize("recipe", ["bam", "btx"])
+def test_long_positions_switch_as_in_the_family(recipe, tmp_path):
+    """Phi3's long rope: the cache is dropped where positions switch from short to long factors."""
+    longrope = {
+        "rope_type": "longrope",
+        "short_factor": [1.0] * 4,
+        "long_factor": [1.0, 2.0, 4.0, 8.0],
+        "rope_theta": 1e4,
+    }
+    case = Case("phi3-long", "phi3", {"rope_parameters": longrope, "original_max_position_embeddings": 16})
+    model = mixture(make_seeds(case, tmp_path), tmp_path / "out", recipe).eval()
+    x = tokens(1, 12)
+    options = {"max_new_tokens": 12, "do_sample": False, "eos_token_id": None}
+    out = model.generate(x, output_logits=True, return_dict_in_generate=True, **options)
+    for step, logits in enumerate(out.logits):
+        with torch.no_grad():
+            expected = model(out.sequences[:, : 12 + step], use_cache=False).logits[:, -1]
+        torch.testing.assert_close(logits, expected, atol=1e-4, rtol=0, msg=f"step {step}")
+
+
+def test_switches_of_the_config_are_heard(made):
+    model = made("llama", "bam")
+    model.config.output_hidden_states = True
+    model.config.use_cache = False
+    out = model(tokens(1, 5))
+    assert len(out.hidden_states) == 3
+    assert out.get("cache", out.get("past_key_values")) is None
 
 
 def test_embeddings_can_be_resized(made, tmp_path):

@@ -87,6 +87,20 @@ def test_a_wrong_value_names_the_right_one(override, message):
     assert message in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("recipe", "override"),
+    [
+        ("average", "router.ffn.top_k=2"),
+        ("btx", "router.attention.init=zeros"),
+        ("bam", "weights.a=1"),
+        ("average", "loss.z=0"),
+    ],
+)
+def test_no_option_is_without_effect(recipe, override):
+    with pytest.raises(RecipeError, match="no effect"):
+        load_recipe(recipe, [override])
+
+
 def test_an_unknown_recipe_names_the_nearest():
     with pytest.raises(RecipeError, match="did you mean 'bam-kv-shared'"):
         load_recipe("bam-kv-share")

@@ -7,7 +7,7 @@ import pytest
 
 from tests.tiny import CASES, make_seed
 from upcycle.checkpoint import read_json, read_tensors
-from upcycle.dense_config import config_values, find_family, read_sizes
+from upcycle.dense_config import read_dense
 from upcycle.errors import RecipeError
 from upcycle.layout import make_layout
 from upcycle.recipe import load_recipe
@@ -51,10 +51,8 @@ def test_cache_grows_with_key_value_experts_alone():
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_counts_are_those_of_the_file(case, tmp_path):
     tensors = read_tensors(make_seed(case, tmp_path / "seed", 0))
-    written = read_json(tmp_path / "seed" / "config.json")
-    family = find_family(written, "x")
-    values = config_values(family, written)
-    layout = make_layout(family, read_sizes(family, written, "x"), values, load_recipe("average"), 1)
+    model = read_dense(read_json(tmp_path / "seed" / "config.json"), "x")
+    layout = make_layout(model, load_recipe("average"), 1)
     assert dict(layout.dense) == {name: info.shape for name, info in tensors.items()}
     cost = layout_cost(layout, load_recipe("average"), 1, 0, 1)
     assert cost.total_parameters == sum(prod(info.shape) for info in tensors.values())

@@ -205,6 +205,23 @@ def test_a_tokenizer_that_only_looks_different_is_taken(seeds):
     read_seeds([str(seed) for seed in seeds])
 
 
+def test_a_name_is_the_last_component_as_written(seeds, tmp_path):
+    (tmp_path / "links").mkdir()
+    (tmp_path / "links" / "poetry").symlink_to(seeds[0])
+    assert [seed.name for seed in read_seeds([str(tmp_path / "links" / "poetry"), f"{seeds[1]}/"])] == ["poetry", "law"]
+
+
+def test_a_tied_config_beside_another_head_is_refused(tmp_path):
+    """transformers unties the two when they differ, so the head may not be dropped."""
+    for name in "ab":
+        make_seed(BY_NAME["llama-biases"], tmp_path / name, 0, torch.bfloat16)
+        edit_weights(tmp_path / name, lambda s: s.update({"lm_head.weight": s["model.embed_tokens.weight"] + 1}))
+    result = run_cli("merge", "--seeds", "a", "b", "--recipe", "bam", cwd=tmp_path)
+    assert (result.returncode, result.stdout) == (1, "")
+    for word in ("lm_head.weight", "embed_tokens", "tie_word_embeddings"):
+        assert word in result.stderr
+
+
 def test_tied_heads_and_buffers_are_dropped_and_said(tmp_path):
     make_seed(BY_NAME["llama-biases"], tmp_path / "a", 0, torch.bfloat16)
     shutil.copytree(tmp_path / "a", tmp_path / "b")

@@ -43,7 +43,7 @@ CASES = (
     Case(
         "phi3", "phi3", {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}}
     ),
-    Case("starcoder2", "starcoder2", {"use_bias": True}, exact=1e-10),
+    Case("starcoder2", "starcoder2", {"use_bias": True, "sliding_window": 6}, exact=1e-10),
     Case("gpt_neox", "gpt_neox", {"num_key_value_heads": None}, exact=1e-10, grouped=False),
     Case(
         "gpt_neox-sequential", "gpt_neox", {"num_key_value_heads": None, "use_parallel_residual": False}, 1e-10, False

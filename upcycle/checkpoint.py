@@ -17,6 +17,7 @@ WEIGHTS: Final = "model.safetensors"
 INDEX: Final = "model.safetensors.index.json"
 CONFIG: Final = "config.json"
 PROVENANCE: Final = "upcycle.json"
+TOKENIZER_CONFIG: Final = "tokenizer_config.json"
 
 # Bytes per element of every dtype that a safetensors header may name.
 ITEM_SIZE: Final[Mapping[str, int]] = {
@@ -36,6 +37,7 @@ ITEM_SIZE: Final[Mapping[str, int]] = {
     "F8_E4M3": 1,
     "F8_E5M2": 1,
 }
+MAX_SHARD_SIZE: Final = 5_000_000_000  # bytes of weights in one output file, unless told otherwise
 MAX_HEADER: Final = 25_000_000  # real headers stay below 5 MB
 MAX_JSON: Final = 25_000_000
 
@@ -51,17 +53,19 @@ class TensorInfo:
     nbytes: int
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """Read a JSON object.
+def read_json(path: Path, limit: int = MAX_JSON) -> dict[str, Any]:
+    """Read a JSON object of at most `limit` bytes.
 
     Raises:
-        CheckpointError: the file is missing, too large, no UTF-8, no JSON or no object.
+        CheckpointError: the file is missing, no plain file, too large, no UTF-8, no JSON or no object.
     """
+    if path.exists() and not path.is_file():
+        raise CheckpointError(f"{path} is no plain file; expected a JSON file")
     try:
-        if path.stat().st_size > MAX_JSON:
-            raise CheckpointError(f"{path}: {path.stat().st_size} bytes, expected at most {MAX_JSON}")
+        if path.stat().st_size > limit:
+            raise CheckpointError(f"{path}: {path.stat().st_size} bytes, expected at most {limit}")
         value = json.loads(path.read_bytes())
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         raise CheckpointError(f"{path} is missing") from None
     except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} cannot be read as JSON: {error}") from error
@@ -104,6 +108,8 @@ def read_header(file: Path) -> dict[str, TensorInfo]:
     Raises:
         CheckpointError: the file and what was expected of and found in it.
     """
+    if file.exists() and not file.is_file():
+        raise CheckpointError(f"{file} is no plain file; expected a safetensors file")
     try:
         with file.open("rb") as handle:
             size = os.fstat(handle.fileno()).st_size
@@ -271,6 +277,7 @@ def staging(out: Path) -> Iterator[Path]:
         os.close(lock)
         raise OutputError(f"another process is writing {partial}; wait for it, or choose another --out") from None
     try:
+        _restore(out)
         for stale in partial.iterdir():  # a killed run's remains
             shutil.rmtree(stale) if stale.is_dir() else stale.unlink()
         yield partial
@@ -284,12 +291,29 @@ def staging(out: Path) -> Iterator[Path]:
 
 
 def _replace(partial: Path, out: Path) -> None:
-    old = out.parent / f".{out.name}.upcycle-old"
+    """Put the new result in the place of a former one, which comes back should that fail."""
+    old = _old(out)
     if out.exists():
-        shutil.rmtree(old, ignore_errors=True)
         out.rename(old)
-    partial.rename(out)
+    try:
+        partial.rename(out)
+    except OSError:
+        _restore(out)
+        raise
     shutil.rmtree(old, ignore_errors=True)
+
+
+def _old(out: Path) -> Path:
+    return out.parent / f".{out.name}.upcycle-old"
+
+
+def _restore(out: Path) -> None:
+    """Finish what a kill between the two renames left: the former result back, or gone if the new one stands."""
+    old = _old(out)
+    if old.exists() and out.exists():
+        shutil.rmtree(old)
+    elif old.exists():
+        old.rename(out)
 
 
 def free_bytes(folder: Path) -> int:

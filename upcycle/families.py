@@ -36,6 +36,8 @@ class Family:
         local_rope_theta: that of the sliding layers, where they have one of their own.
         partial_rotary_factor: the default share of a head that is rotated, where a config can change it.
         sliding_every: layer i is sliding unless (i + 1) is a multiple of this (Gemma, Cohere2), 0 for other rules.
+        plain_tokenizer: transformers reads tokenizer.json of this model type as it is, whatever tokenizer class
+            tokenizer_config.json names; for other types the named class may rebuild parts of it.
         dropped: endings of tensor names that old checkpoints hold and no model reads (buffers).
     """
 
@@ -64,6 +66,7 @@ class Family:
     local_rope_theta: float | None = None
     partial_rotary_factor: float | None = None
     sliding_every: int = 0
+    plain_tokenizer: bool = False
     dropped: tuple[str, ...] = ("rotary_emb.inv_freq",)
 
 
@@ -142,6 +145,7 @@ FAMILIES: Final[Mapping[str, Family]] = {
     ),
     "mistral": Family(
         architecture="MistralForCausalLM",
+        plain_tokenizer=True,
         defaults={
             **_COMMON,
             **_7B,
@@ -214,6 +218,7 @@ FAMILIES: Final[Mapping[str, Family]] = {
     ),
     "olmo2": Family(
         architecture="Olmo2ForCausalLM",
+        plain_tokenizer=True,
         defaults={**_COMMON, **_7B, "vocab_size": 50_304, "rms_norm_eps": 1e-5, "attention_bias": False},
         qkv_bias="attention_bias",
         output_bias="attention_bias",
@@ -222,6 +227,7 @@ FAMILIES: Final[Mapping[str, Family]] = {
     ),
     "granite": Family(
         architecture="GraniteForCausalLM",
+        plain_tokenizer=True,
         defaults={
             **_COMMON,
             **_7B,
@@ -266,6 +272,7 @@ FAMILIES: Final[Mapping[str, Family]] = {
     ),
     "phi3": Family(
         architecture="Phi3ForCausalLM",
+        plain_tokenizer=True,
         defaults={
             **_COMMON,
             **_7B,

@@ -3,6 +3,7 @@
 import re
 from pathlib import Path
 
+from upcycle.checkpoint import CONFIG, INDEX, WEIGHTS
 from upcycle.errors import SeedError
 from upcycle.seeds import COPIED_FILES
 
@@ -17,11 +18,22 @@ def download_seed(name: str, source: str) -> tuple[Path, str]:
     if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", repo) or repo.startswith("."):
         raise SeedError(f"seed '{name}': there is no folder {source}, and that is no name of a Hub repository either")
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HfHubHTTPError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+    )
 
-    patterns = ["config.json", "*.safetensors", "model.safetensors.index.json", *COPIED_FILES]
+    # The names that transformers gives, so that neither other layouts of the same weights nor subfolders come along.
+    patterns = [CONFIG, WEIGHTS, "model-*-of-*.safetensors", INDEX, *COPIED_FILES]
     try:
         folder = Path(snapshot_download(repo, revision=revision or None, allow_patterns=patterns))
+    except GatedRepoError as error:
+        raise SeedError(
+            f"seed '{name}': the Hub repository {repo} is gated; accept its licence on its page and log in "
+            "(hf auth login)"
+        ) from error
     except RepositoryNotFoundError as error:
         raise SeedError(
             f"seed '{name}': there is neither a folder {source} nor a Hub repository of that name "
@@ -33,4 +45,9 @@ def download_seed(name: str, source: str) -> tuple[Path, str]:
         ) from error
     except (HfHubHTTPError, OSError, ValueError) as error:
         raise SeedError(f"seed '{name}': {source} is no folder, and cannot be had from the Hub: {error}") from error
+    if not any((folder / file).is_file() for file in (WEIGHTS, INDEX)):
+        raise SeedError(
+            f"seed '{name}': the Hub repository {repo} holds neither {WEIGHTS} nor {INDEX}; weights kept as pickle "
+            "(pytorch_model.bin) must be converted first: load them with transformers and save_pretrained them"
+        )
     return folder, folder.name

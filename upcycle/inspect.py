@@ -4,9 +4,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from upcycle.checkpoint import CONFIG, read_json, read_tensors
-from upcycle.dense_config import config_values, find_family, read_sizes
+from upcycle.dense_config import DenseModel, read_dense
 from upcycle.errors import RecipeError
-from upcycle.layout import Layout, make_layout
+from upcycle.layout import make_layout
 from upcycle.mixture import read_mixture
 from upcycle.numeric import TORCH_NAMES
 from upcycle.plan import check_recipe
@@ -41,9 +41,7 @@ def inspect_checkpoint(folder: Path) -> Inspection:
         mixture = read_mixture(folder)
         tensors, layout, recipe, experts = mixture.tensors, mixture.layout, mixture.recipe, mixture.experts
     else:
-        family, where = find_family(config, str(folder)), str(folder)
-        values = config_values(family, config)
-        layout = make_layout(family, read_sizes(family, config, where), values, DENSE, 1)
+        layout = make_layout(read_dense(config, str(folder)), DENSE, 1)
         tensors, recipe, experts = read_tensors(folder), DENSE, []
     files = sum({info.file: info.file.stat().st_size for info in tensors.values()}.values())
     dtype = max(
@@ -55,23 +53,23 @@ def inspect_checkpoint(folder: Path) -> Inspection:
     return Inspection(
         format="bam" if experts else "dense",
         model_type=config["model_type"],
-        family=layout.family.architecture,
+        family=layout.model.family.architecture,
         num_experts=count,
-        experts=experts,
+        experts=list(experts),
         recipe=recipe.name if experts else None,
-        recipes=[] if experts else _fitting(layout, config["model_type"]),
+        recipes=[] if experts else _fitting(layout.model),
         dtype=dtype,
         cost=cost,
         dense=dense_cost(layout, dtype if dtype in TORCH_NAMES else "BF16", DEFAULT_CONTEXT),
     )
 
 
-def _fitting(layout: Layout, model_type: str) -> list[str]:
+def _fitting(model: DenseModel) -> list[str]:
     """The recipes that a family can serve."""
     fitting = []
     for name, recipe in builtin_recipes().items():
         try:
-            check_recipe(recipe, layout.family, 1024, model_type)
+            check_recipe(recipe, model, 1024)
         except RecipeError:
             continue
         fitting.append(name)

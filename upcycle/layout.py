@@ -9,10 +9,9 @@ grouped-query attention pairs heads rightly by itself; stacked experts are the c
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from math import prod
-from typing import Any, Final
+from typing import Final
 
-from upcycle.dense_config import Sizes
-from upcycle.families import Family
+from upcycle.dense_config import DenseModel
 from upcycle.recipe import Recipe
 
 PREFIX: Final = "dense."  # the BAM model holds the seed's own model as its child `dense`
@@ -77,37 +76,28 @@ class MixtureTensor:
 class Layout:
     """All tensors of a dense model, and of the mixture that a recipe makes of `num_experts` such models."""
 
-    family: Family
-    sizes: Sizes
-    values: Mapping[str, Any]
+    model: DenseModel
     dense: Mapping[str, tuple[int, ...]]
     mixture: tuple[MixtureTensor, ...]
 
-    @property
-    def tied(self) -> bool:
-        """Whether the output head is the input embedding."""
-        return bool(self.values["tie_word_embeddings"])
 
-
-def make_layout(family: Family, sizes: Sizes, values: Mapping[str, Any], recipe: Recipe, num_experts: int) -> Layout:
+def make_layout(model: DenseModel, recipe: Recipe, num_experts: int) -> Layout:
     """The layout of a mixture of `num_experts` models; with a recipe without experts, of a dense model."""
-    builder = _Builder(family, sizes, values, recipe, num_experts)
+    builder = _Builder(model, recipe, num_experts)
     mixture = tuple(builder.tensors())
-    return Layout(family, sizes, values, builder.dense, mixture)
+    return Layout(model, builder.dense, mixture)
 
 
 class _Builder:
-    def __init__(
-        self, family: Family, sizes: Sizes, values: Mapping[str, Any], recipe: Recipe, num_experts: int
-    ) -> None:
-        self.family, self.sizes, self.values, self.recipe = family, sizes, values, recipe
+    def __init__(self, model: DenseModel, recipe: Recipe, num_experts: int) -> None:
+        self.model, self.family, self.sizes = model, model.family, model.sizes
+        self.recipe = recipe
         self.experts = num_experts
         self.prefix = PREFIX if recipe.ffn_experts else ""
         self.dense: dict[str, tuple[int, ...]] = {}
 
     def tensors(self) -> Iterator[MixtureTensor]:
-        family, sizes = self.family, self.sizes
-        tied = self.values["tie_word_embeddings"]
+        family, sizes, tied = self.family, self.sizes, self.model.tied
         table = f"{family.base}.{family.embedding}.weight"
         # A tied embedding is the output head too, so it multiplies.
         yield self.mean(table, (sizes.vocab, sizes.hidden), "embedding", "whole" if tied else "lookup", multiplies=tied)
@@ -120,9 +110,6 @@ class _Builder:
         yield from self.norm(f"{family.base}.{family.final_norm}")
         if not tied:
             yield self.mean(f"{family.head}.weight", (sizes.vocab, sizes.hidden), "head", multiplies=True)
-
-    def has(self, flag: bool | str) -> bool:
-        return bool(self.values[flag]) if isinstance(flag, str) else flag
 
     def copies(self, role: str) -> int:
         return self.experts if self.recipe.mix[role] == "experts" else 1
@@ -151,9 +138,9 @@ class _Builder:
         family, sizes = self.family, self.sizes
         for projection, parts in family.qkv.items():
             yield self.projection(f"{at}{projection}.weight", parts, (sizes.hidden,))
-            if self.has(family.qkv_bias):
+            if self.model.flag(family.qkv_bias):
                 yield self.projection(f"{at}{projection}.bias", parts, ())
-        if family.qk_norm and self.has(family.qk_norm_key or True):
+        if family.qk_norm and self.model.flag(family.qk_norm_key or True):
             yield self.qk_norm(f"{at}q_norm", "query")
             yield self.qk_norm(f"{at}k_norm", "key")
         yield from self.output(at)
@@ -192,7 +179,7 @@ class _Builder:
         )
         wide_name = f"{self.prefix}{name}.linear.weight" if wide else f"{self.prefix}{name}.weight"
         yield MixtureTensor(wide_name, (sizes.hidden, copies * width), (Group((weight,), copies),), multiplies=True)
-        if self.has(family.output_bias):
+        if self.model.flag(family.output_bias):
             bias = self.piece(f"{name}.bias", (sizes.hidden,), "attention.output")
             shape = (copies, sizes.hidden) if wide else (sizes.hidden,)
             yield MixtureTensor(f"{self.prefix}{name}.bias", shape, (Group((bias,), copies),))
@@ -224,7 +211,7 @@ class _Builder:
             (wide_in, total, sizes.hidden, family.ffn_in, inner),
             ("down_proj", sizes.hidden, sizes.inner, (family.ffn_out,), sizes.hidden),
         )
-        kinds = ("weight", "bias") if self.has(family.ffn_bias) else ("weight",)
+        kinds = ("weight", "bias") if self.model.flag(family.ffn_bias) else ("weight",)
         for wide, rows, columns, names, dense_rows in projections:
             for kind in kinds:
                 shape = (dense_rows, columns) if kind == "weight" else (dense_rows,)

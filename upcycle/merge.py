@@ -24,7 +24,9 @@ from upcycle.checkpoint import (
     CONFIG,
     INDEX,
     ITEM_SIZE,
+    MAX_SHARD_SIZE,
     PROVENANCE,
+    TOKENIZER_CONFIG,
     Shard,
     TensorInfo,
     check_target,
@@ -43,7 +45,6 @@ CHUNK: Final = 4 << 20  # bytes a job moves
 MEAN_CHUNK: Final = 1 << 20  # bytes of each source that a mean takes at once: its fp32 sums stay in the cache
 CONTIGUOUS: Final = 256 << 10  # blocks from this size on are copied by themselves, smaller ones assembled in a buffer
 MARGIN: Final = 64 << 20  # bytes of disk to leave free beside the output
-MAX_SHARD_SIZE: Final = 5_000_000_000
 
 
 @dataclass(frozen=True)
@@ -88,6 +89,8 @@ def merge(
             _write_weights(plan, partial, shards, progress or (lambda _: None))
             for name, source in plan.copied.items():
                 shutil.copyfile(source, partial / name)
+            if plan.tokenizer_config is not None:
+                write_json(partial / TOKENIZER_CONFIG, plan.tokenizer_config)
             if len(shards) > 1:
                 write_json(partial / INDEX, index_json(shards))
             write_json(partial / PROVENANCE, {**plan.provenance, "plan": plan.digest()})

@@ -1,14 +1,14 @@
 """A finished mixture, read by its headers, and the way back: one expert as a dense checkpoint."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from upcycle.checkpoint import CONFIG, PROVENANCE, TensorInfo, read_json, read_tensors
-from upcycle.dense_config import config_values, find_family, read_sizes
-from upcycle.errors import CheckpointError, RecipeError
-from upcycle.layout import Layout, Piece, make_layout
+from upcycle.dense_config import read_dense
+from upcycle.errors import CheckpointError
+from upcycle.layout import PREFIX, Layout, Piece, make_layout
 from upcycle.plan import (
     FORMAT_VERSION,
     MergePlan,
@@ -18,33 +18,30 @@ from upcycle.plan import (
     Source,
     SourceCheckpoint,
     copied_files,
+    dense_config,
 )
-from upcycle.recipe import Recipe, parse_recipe
+from upcycle.recipe import EXPERTS, MEAN, ROLES, FfnRouter, Recipe
 from upcycle.version import __version__
 
 
 @dataclass(frozen=True)
 class Mixture:
-    """A finished BAM checkpoint, read by its headers."""
+    """A finished BAM checkpoint, read by its headers; `provenance` is empty where training saved it without."""
 
     folder: Path
     config: Mapping[str, Any]
     provenance: Mapping[str, Any]
+    experts: Sequence[str]
     tensors: Mapping[str, TensorInfo]
     layout: Layout
     recipe: Recipe
 
-    @property
-    def experts(self) -> list[str]:
-        """The experts' names in their order."""
-        return list(self.provenance["experts"])
-
 
 def read_mixture(folder: Path) -> Mixture:
-    """Read a BAM checkpoint's config, provenance and headers.
+    """Read a BAM checkpoint's config and headers, merged or trained.
 
     Raises:
-        CheckpointError: it is none, or is damaged.
+        CheckpointError, SeedError: it is none, or is damaged.
     """
     config = read_json(folder / CONFIG)
     if config.get("model_type") != "bam":
@@ -55,36 +52,54 @@ def read_mixture(folder: Path) -> Mixture:
         raise CheckpointError(
             f"{folder}: format_version is {config.get('format_version')!r}, this upcycle reads {FORMAT_VERSION}"
         )
-    provenance = read_json(folder / PROVENANCE)
-    dense = config.get("dense_config")
-    if not isinstance(dense, dict):
-        raise CheckpointError(f"{folder / CONFIG}: 'dense_config' is missing")
-    where = f"mixture {folder}"
-    family = find_family(dense, where)
-    try:
-        recipe = _recipe_of(provenance["recipe"])
-        experts = [str(name) for name in provenance["experts"]]
-    except (KeyError, TypeError, RecipeError) as error:
-        raise CheckpointError(f"{folder / PROVENANCE} is damaged: {error!r}") from error
-    if len(experts) != config.get("num_experts"):
-        raise CheckpointError(
-            f"{folder}: {PROVENANCE} names {len(experts)} experts, {CONFIG} says {config.get('num_experts')}"
-        )
-    layout = make_layout(family, read_sizes(family, dense, where), config_values(family, dense), recipe, len(experts))
+    provenance = read_json(folder / PROVENANCE) if (folder / PROVENANCE).exists() else {}
+    recipe, experts = _recipe(folder, config, provenance), config["expert_names"]
+    layout = make_layout(read_dense(config["dense_config"], f"mixture {folder}"), recipe, len(experts))
     tensors = read_tensors(folder)
     for tensor in layout.mixture:
         info = tensors.get(tensor.name)
         if info is None or info.shape != tensor.shape:
             found = "nothing" if info is None else list(info.shape)
             raise CheckpointError(
-                f"{folder}: tensor '{tensor.name}': expected shape {list(tensor.shape)}, found {found}"
+                f"{folder}: tensor '{tensor.name}': expected shape {list(tensor.shape)}, found {found}; "
+                "the mixture is damaged or its config.json belongs to another"
             )
-    return Mixture(folder, config, {**provenance, "experts": experts}, tensors, layout, recipe)
+    return Mixture(folder, config, provenance, experts, tensors, layout, recipe)
 
 
-def _recipe_of(resolved: Mapping[str, Any]) -> Recipe:
-    table = {key: value for key, value in resolved.items() if key != "name"}
-    return parse_recipe(resolved["name"], table)
+def _recipe(folder: Path, config: Mapping[str, Any], provenance: Mapping[str, Any]) -> Recipe:
+    """What the config says of the mixing; the provenance adds the recipe's name."""
+    kinds = {
+        "num_experts": int,
+        "num_experts_per_tok": int,
+        "expert_names": list,
+        "dense_config": dict,
+        "norm_topk_prob": bool,
+        "attention_experts": bool,
+        "shared_key_value": bool,
+    }
+    for key, kind in kinds.items():
+        if type(config.get(key)) is not kind:
+            raise CheckpointError(f"{folder / CONFIG}: {key} is {config.get(key)!r}, expected {kind.__name__}")
+    names, count = config["expert_names"], config["num_experts"]
+    if not 1 <= config["num_experts_per_tok"] <= count or [type(name) for name in names] != [str] * count:
+        raise CheckpointError(
+            f"{folder / CONFIG}: num_experts is {count}, but expert_names lists {len(names)} "
+            f"and num_experts_per_tok is {config['num_experts_per_tok']}"
+        )
+    attention = EXPERTS if config["attention_experts"] else MEAN
+    key_value = MEAN if config["shared_key_value"] else attention
+    mix = dict.fromkeys(ROLES, MEAN) | {
+        "ffn": EXPERTS,
+        "attention.query": attention,
+        "attention.output": attention,
+        "attention.key": key_value,
+        "attention.value": key_value,
+    }
+    recorded = provenance.get("recipe")
+    name = recorded.get("name") if isinstance(recorded, dict) else None
+    router = FfnRouter(top_k=config["num_experts_per_tok"], normalize=config["norm_topk_prob"])
+    return Recipe(name=str(name or "a mixture"), summary="", mix=mix, ffn_router=router)
 
 
 def plan_extract(mixture: Mixture, expert: int) -> MergePlan:
@@ -105,14 +120,13 @@ def plan_extract(mixture: Mixture, expert: int) -> MergePlan:
         members = sorted(pieces[name], key=lambda member: member[0].start)
         dtype = mixture.tensors[members[0][1].tensor].dtype
         parts = [(piece.rows, Part(piece.block, (source,))) for piece, source in members]
-        if mixture.layout.family.qkv_by_head and len(parts) > 1:
+        if mixture.layout.model.family.qkv_by_head and len(parts) > 1:
             groups = [PlannedGroup(parts[0][0], tuple(part for _, part in parts))]
         else:
             groups = [PlannedGroup(rows, (part,)) for rows, part in parts]
         tensors.append(PlannedTensor(name, dtype, shape, tuple(groups)))
-    name = mixture.experts[expert]
-    config = {**mixture.config["dense_config"], "dtype": mixture.config["dtype"]}
-    config.pop("torch_dtype", None)
+    name, family = mixture.experts[expert], mixture.layout.model.family
+    main_dtype = mixture.tensors[f"{PREFIX}{family.base}.{family.embedding}.weight"].dtype
     provenance = {
         "upcycle_version": __version__,
         "format": "dense",
@@ -123,10 +137,11 @@ def plan_extract(mixture: Mixture, expert: int) -> MergePlan:
         num_experts=1,
         sources=(SourceCheckpoint(mixture.folder.name, mixture.folder, mixture.tensors),),
         tensors=tuple(tensors),
-        config=config,
+        config=dense_config(mixture.config["dense_config"], main_dtype),
         provenance=provenance,
         random_seed=0,
         copied=copied_files(mixture.folder, with_code=False),
+        tokenizer_config=None,
         layout=mixture.layout,
         recipe=replace(mixture.recipe, mix=dict.fromkeys(mixture.recipe.mix, "mean")),
     )

@@ -8,10 +8,9 @@ from math import prod
 from pathlib import Path
 from typing import Any, Final
 
-from upcycle.checkpoint import ITEM_SIZE, TensorInfo
-from upcycle.dense_config import config_values
+from upcycle.checkpoint import ITEM_SIZE, TOKENIZER_CONFIG, TensorInfo, read_json
+from upcycle.dense_config import DenseModel
 from upcycle.errors import RecipeError, SeedError, did_you_mean
-from upcycle.families import Family
 from upcycle.layout import Group, Layout, MixtureTensor, make_layout
 from upcycle.numeric import TORCH_NAMES
 from upcycle.recipe import EXPERTS, SEED_PREFIX, WEIGHTED, Recipe
@@ -98,6 +97,7 @@ class MergePlan:
         provenance: its upcycle.json, without the plan's hash.
         random_seed: from which routers are initialised.
         copied: files taken over byte for byte, by the output's name.
+        tokenizer_config: the output's tokenizer_config.json where it must differ from the seed's, else None.
     """
 
     format: str
@@ -108,6 +108,7 @@ class MergePlan:
     provenance: Mapping[str, Any]
     random_seed: int
     copied: Mapping[str, Path]
+    tokenizer_config: Mapping[str, Any] | None
     layout: Layout
     recipe: Recipe
 
@@ -141,7 +142,7 @@ def plan_merge(
     random_seed: int = 0,
     allow_unrelated: bool = False,
 ) -> MergePlan:
-    """Plan the merge of `seeds` by `recipe`; reads nothing but headers and a 4 KiB sample of every tensor.
+    """Plan the merge of `seeds` by `recipe`; reads nothing but headers and 2048 elements of every tensor.
 
     Args:
         recipe: how each role is mixed.
@@ -155,24 +156,26 @@ def plan_merge(
         RecipeError, SeedError, CheckpointError: what cannot be served, before anything is written.
     """
     experts = count_experts(recipe, len(seeds), num_experts)
-    check_recipe(recipe, seeds[0].family, experts, seeds[0].config["model_type"])
-    _check_names(recipe, seeds)
     first = seeds[0]
-    layout = make_layout(first.family, first.sizes, first.values, recipe, experts)
-    dropped = {seed.name: check_tensors(seed, layout.dense, layout.tied) for seed in seeds}
+    check_recipe(recipe, first.model, experts)
+    _check_names(recipe, seeds)
+    layout = make_layout(first.model, recipe, experts)
+    dropped = [check_tensors(seed, layout.dense) for seed in seeds]
     _check_dtypes(seeds, layout.dense, dtype)
     samples = [sample(seed) for seed in seeds]
     if not allow_unrelated:
         check_related(seeds, samples)
 
-    table_name = f"{first.family.base}.{first.family.embedding}.weight"
-    main_dtype = dtype or first.tensors[table_name].dtype
+    main_dtype = dtype or first.tensors[f"{first.model.family.base}.{first.model.family.embedding}.weight"].dtype
     planner = _Planner(recipe, seeds, experts, dtype, main_dtype)
     tensors = tuple(planner.tensor(tensor) for tensor in layout.mixture)
+    unused = _check_complete(tensors, layout, len(seeds))
     is_bam = recipe.ffn_experts
-    config = (
-        bam_config(first.config, layout, recipe, experts, main_dtype) if is_bam else _dense_config(first.config, dtype)
-    )
+    names = planner.expert_names() if is_bam else []
+    if is_bam:
+        config = bam_config(first.config, layout, recipe, names, main_dtype)
+    else:
+        config = dense_config(first.config, dtype)
     provenance = {
         "upcycle_version": __version__,
         "format": "bam" if is_bam else "dense",
@@ -181,15 +184,15 @@ def plan_merge(
             {
                 "name": seed.name,
                 "revision": seed.revision,
-                "fingerprint": fingerprint(seed, taken),
-                "dropped": dropped[seed.name],
+                "fingerprint": fingerprint(seed, samples[index]),
+                "dropped": sorted({*dropped[index], *unused[index]}),
             }
-            for seed, taken in zip(seeds, samples, strict=True)
+            for index, seed in enumerate(seeds)
         ],
-        "experts": planner.expert_names() if is_bam else [],
+        "experts": names,
         "random_seed": random_seed,
     }
-    plan = MergePlan(
+    return MergePlan(
         format="bam" if is_bam else "dense",
         num_experts=experts if is_bam else 1,
         sources=tuple(SourceCheckpoint(seed.name, seed.folder, seed.tensors) for seed in seeds),
@@ -198,13 +201,25 @@ def plan_merge(
         provenance=provenance,
         random_seed=random_seed,
         copied=copied_files(first.folder, with_code=is_bam),
+        tokenizer_config=_plain_tokenizer_config(first) if is_bam else None,
         layout=layout,
         recipe=recipe,
     )
-    _check_complete(
-        plan, [{name: info.shape for name, info in seed.tensors.items() if name in layout.dense} for seed in seeds]
-    )
-    return plan
+
+
+def _plain_tokenizer_config(seed: Seed) -> dict[str, Any] | None:
+    """The tokenizer_config.json with which a mixture tokenizes like its seed, where a copy would not.
+
+    AutoTokenizer takes tokenizer.json of some model types as it is and ignores the class that tokenizer_config.json
+    names. The mixture has another model type, for which the named class would be taken and rebuild parts of it.
+    """
+    path = seed.folder / TOKENIZER_CONFIG
+    if not seed.model.family.plain_tokenizer or not path.is_file() or not (seed.folder / "tokenizer.json").is_file():
+        return None
+    table = read_json(path)
+    if table.get("tokenizer_class") in (None, "PreTrainedTokenizerFast", "TokenizersBackend"):
+        return None
+    return {**table, "tokenizer_class": "PreTrainedTokenizerFast"}
 
 
 def count_experts(recipe: Recipe, num_seeds: int, num_experts: int | None) -> int:
@@ -233,12 +248,13 @@ def count_experts(recipe: Recipe, num_seeds: int, num_experts: int | None) -> in
     return num_seeds
 
 
-def check_recipe(recipe: Recipe, family: Family, num_experts: int, model_type: str) -> None:
+def check_recipe(recipe: Recipe, model: DenseModel, num_experts: int) -> None:
     """Refuse a recipe that a family or a number of experts cannot serve.
 
     Raises:
         RecipeError: and why.
     """
+    family = model.family
     if recipe.ffn_experts and recipe.ffn_router.top_k > num_experts:
         raise RecipeError(
             f"recipe '{recipe.name}': router.ffn.top_k is {recipe.ffn_router.top_k}, "
@@ -246,13 +262,8 @@ def check_recipe(recipe: Recipe, family: Family, num_experts: int, model_type: s
         )
     if recipe.shared_key_value and not family.grouped_queries:
         raise RecipeError(
-            f"recipe '{recipe.name}' shares keys and values among experts, but {model_type}'s attention has no grouped "
-            "queries: it gives every query head a key/value head of its own; take recipe 'bam'"
-        )
-    parts = {f"attention.{part}": parts for parts in family.qkv.values() for part in parts}
-    if family.qkv_by_head and recipe.attention_experts and any(recipe.mix[role] != EXPERTS for role in parts):
-        raise RecipeError(
-            f"recipe '{recipe.name}': {model_type} fuses queries, keys and values per head; all must be experts"
+            f"recipe '{recipe.name}' shares keys and values among experts, but {model.model_type}'s attention has no "
+            "grouped queries: it gives every query head a key/value head of its own; take recipe 'bam'"
         )
 
 
@@ -333,20 +344,17 @@ class _Planner:
         return list(range(count)), (1.0 / count,) * count
 
 
-def _check_complete(plan: MergePlan, used: Sequence[Mapping[str, tuple[int, ...]]]) -> None:
-    """Every output tensor is filled whole and once, and every tensor of every source is used: our own promise."""
-    assert len({tensor.name for tensor in plan.tensors}) == len(plan.tensors), "an output tensor is planned twice"
-    taken = [set[str]() for _ in plan.sources]
-    for tensor in plan.tensors:
+def _check_complete(tensors: Sequence[PlannedTensor], layout: Layout, num_sources: int) -> list[set[str]]:
+    """Every output tensor is filled whole and once: our own promise. Returns each source's unused tensors."""
+    assert len({tensor.name for tensor in tensors}) == len(tensors), "an output tensor is planned twice"
+    used = [set[str]() for _ in range(num_sources)]
+    for tensor in tensors:
         filled = sum(group.rows * group.width for group in tensor.groups)
-        assert tensor.init or filled == prod(tensor.shape), (
-            f"{tensor.name}: {filled} elements planned for {tensor.shape}"
-        )
+        assert tensor.init or filled == prod(tensor.shape), f"{tensor.name}: {filled} planned for {tensor.shape}"
         for source in _sources(tensor):
-            taken[source.checkpoint].add(source.tensor)
-    whole = all(mix in (EXPERTS, "mean", WEIGHTED) for mix in plan.recipe.mix.values())
-    for names, tensors in zip(taken, used, strict=True):
-        assert not whole or names == set(tensors), f"unused tensors: {sorted(set(tensors) - names)[:3]}"
+            used[source.checkpoint].add(source.tensor)
+    assert set().union(*used) == set(layout.dense), "a tensor of the seeds is forgotten"
+    return [set(layout.dense) - names for names in used]
 
 
 def _sources(tensor: PlannedTensor) -> Iterator[Source]:
@@ -356,17 +364,14 @@ def _sources(tensor: PlannedTensor) -> Iterator[Source]:
 
 
 def bam_config(
-    dense_config: Mapping[str, Any], layout: Layout, recipe: Recipe, num_experts: int, dtype: str
+    config: Mapping[str, Any], layout: Layout, recipe: Recipe, expert_names: Sequence[str], dtype: str
 ) -> dict[str, Any]:
     """The config.json of a BAM checkpoint: the seed's own config, untouched, and above it what engines read."""
-    family, sizes = layout.family, layout.sizes
-    values = config_values(family, dense_config)
+    sizes, values, num_experts = layout.model.sizes, layout.model.values, len(expert_names)
     heads = num_experts if recipe.attention_experts else 1
     key_value_heads = heads if not recipe.shared_key_value else 1
-    special = {
-        key: dense_config[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id") if key in dense_config
-    }
-    shown: dict[str, Any] = {key: values[key] for key in ("layer_types", "sliding_window") if key in values}
+    taken = {key: config[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id") if key in config}
+    taken |= {key: values[key] for key in ("layer_types", "sliding_window") if key in values}
     return {
         "model_type": "bam",
         "architectures": ["BamForCausalLM"],
@@ -376,9 +381,10 @@ def bam_config(
             "AutoModelForCausalLM": "modeling_bam.BamForCausalLM",
         },
         "format_version": FORMAT_VERSION,
-        "dense_config": dict(dense_config),
+        "dense_config": dict(config),
         "dense_layout": dense_layout(layout),
         "num_experts": num_experts,
+        "expert_names": list(expert_names),
         "num_experts_per_tok": recipe.ffn_router.top_k,
         "norm_topk_prob": recipe.ffn_router.normalize,
         "attention_experts": recipe.attention_experts,
@@ -394,30 +400,32 @@ def bam_config(
         "num_key_value_heads": sizes.key_value_heads * key_value_heads,
         "head_dim": sizes.head_dim,
         "max_position_embeddings": values["max_position_embeddings"],
-        "tie_word_embeddings": layout.tied,
+        "tie_word_embeddings": layout.model.tied,
         "dtype": TORCH_NAMES[dtype],
-        **special,
-        **shown,
+        **taken,
     }
 
 
 def dense_layout(layout: Layout) -> dict[str, Any]:
     """What modeling_bam.py must know of the seed's modules to widen them; it travels in the config."""
-    family = layout.family
+    family = layout.model.family
     return {
         "attention": family.attention,
         "projections": {name: list(parts) for name, parts in family.qkv.items()},
         "output": family.output,
-        "qk_norm": family.qk_norm if any(".q_norm." in name for name in layout.dense) else None,
+        "qk_norm": family.qk_norm if layout.model.flag(family.qk_norm_key or True) else None,
         "gated": family.gated,
         "fused_by_head": family.qkv_by_head,
     }
 
 
-def _dense_config(config: Mapping[str, Any], dtype: str | None) -> dict[str, Any]:
+def dense_config(config: Mapping[str, Any], dtype: str | None) -> dict[str, Any]:
+    """The config.json of a dense result: the seed's, without code that is not copied, in the dtype written."""
+    kept = {key: value for key, value in config.items() if key != "auto_map"}
     if dtype is None:
-        return dict(config)
-    return {**{key: value for key, value in config.items() if key != "torch_dtype"}, "dtype": TORCH_NAMES[dtype]}
+        return kept
+    kept.pop("torch_dtype", None)
+    return {**kept, "dtype": TORCH_NAMES[dtype]}
 
 
 def copied_files(folder: Path, with_code: bool) -> dict[str, Path]:

@@ -149,6 +149,7 @@ def parse_recipe(name: str, table: Mapping[str, Any]) -> Recipe:
         **values,
     )
     _check_combination(where, recipe)
+    _check_used(where, recipe.mix, {*table, *(f"router.{kind}" for kind in routers)})
     return recipe
 
 
@@ -208,6 +209,21 @@ def _parse_mix(where: str, table: Mapping[str, Any]) -> dict[str, str]:
             f"{where}, [mix]: default = 'experts' would split norms and embeddings; name the roles instead"
         )
     return {role: flat.get(role, default) for role in ROLES}
+
+
+def _check_used(where: str, mix: Mapping[str, str], sections: set[str]) -> None:
+    """Refuse sections that nothing reads, so that no option is without effect."""
+    read = {
+        "router.ffn": mix["ffn"] == EXPERTS,
+        "router.attention": mix["attention.query"] == EXPERTS,
+        "loss": mix["ffn"] == EXPERTS,
+        "weights": WEIGHTED in mix.values(),
+    }
+    for section, used in read.items():
+        if section in sections and not used:
+            raise RecipeError(
+                f"{where}: [{section}] has no effect, since [mix] mixes nothing that reads it; leave it out"
+            )
 
 
 def _parse_weights(where: str, table: Mapping[str, Any]) -> dict[str, float]:

@@ -4,8 +4,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final
 
-from upcycle.checkpoint import plan_shards, read_json
-from upcycle.dense_config import config_values, find_family, read_sizes
+from upcycle.checkpoint import MAX_SHARD_SIZE, plan_shards, read_json
+from upcycle.dense_config import read_dense
 from upcycle.errors import RecipeError
 from upcycle.layout import Layout, make_layout
 from upcycle.numeric import TORCH_NAMES
@@ -40,7 +40,7 @@ class Cost:
 
 def layout_cost(layout: Layout, recipe: Recipe, num_experts: int, checkpoint_bytes: int, context: int) -> Cost:
     """Cost of the mixture that a layout describes (arXiv:2408.08274, table 10, counts the same products)."""
-    sizes = layout.sizes
+    sizes = layout.model.sizes
     total = active = multiplying = 0
     for tensor in layout.mixture:
         routed = tensor.active == "top_k"
@@ -75,9 +75,9 @@ def plan_cost(plan: MergePlan, max_shard_size: int, context: int) -> tuple[Cost,
     return cost, replace(dense_cost(plan.layout, "BF16", context), checkpoint_bytes=sum(info.nbytes for info in first))
 
 
-def dense_cost(layout: Layout, dtype: str, context: int, max_shard_size: int = 5 * 10**9) -> Cost:
+def dense_cost(layout: Layout, dtype: str, context: int, max_shard_size: int = MAX_SHARD_SIZE) -> Cost:
     """Cost of one dense model of a layout's family and sizes."""
-    dense = make_layout(layout.family, layout.sizes, layout.values, DENSE, 1)
+    dense = make_layout(layout.model, DENSE, 1)
     return layout_cost(dense, DENSE, 1, _files(dense, dtype, max_shard_size), context)
 
 
@@ -103,18 +103,17 @@ def config_cost(
         SeedError, CheckpointError: a config that cannot be read.
     """
     config = read_json(config_file)
-    where = str(config_file)
-    family = find_family(config, where)
+    model = read_dense(config, str(config_file))
     if num_experts is None or num_experts < 2:
         raise RecipeError(f"--config needs --num-experts, 2 or more; found {num_experts}")
-    check_recipe(recipe, family, num_experts, config["model_type"])
-    layout = make_layout(family, read_sizes(family, config, where), config_values(family, config), recipe, num_experts)
-    written = {"bf16": "BF16", "fp16": "F16", "fp32": "F32"}.get(dtype or "") or _dtype_of(config)
+    check_recipe(recipe, model, num_experts)
+    layout = make_layout(model, recipe, num_experts)
+    written = dtype or _dtype_of(config)
     experts = num_experts if recipe.ffn_experts else 1
     return Estimate(
         format="bam" if recipe.ffn_experts else "dense",
         model_type="bam" if recipe.ffn_experts else config["model_type"],
-        architecture=family.architecture,
+        architecture=model.family.architecture,
         num_experts=experts,
         cost=layout_cost(layout, recipe, experts, _files(layout, written, max_shard_size), context),
         dense=dense_cost(layout, written, context, max_shard_size),

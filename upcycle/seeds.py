@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -13,12 +14,12 @@ from typing import Any, Final
 import numpy as np
 
 from upcycle.checkpoint import CONFIG, ITEM_SIZE, TensorInfo, read_json, read_tensors
-from upcycle.dense_config import Sizes, config_values, decisive_values, find_family, read_sizes
+from upcycle.dense_config import DenseModel, differences, read_dense
 from upcycle.errors import CheckpointError, SeedError
-from upcycle.families import Family
 from upcycle.numeric import FLOATS, to_float32
 
 SAMPLE_ELEMENTS: Final = 2048
+MAX_TOKENIZER: Final = 200_000_000  # bytes; Gemma's are 34 MB
 # Specialists of one ancestor are near 1, models trained apart within 0.01 of 0 (see `relatedness`).
 MIN_COSINE: Final = 0.2
 
@@ -34,15 +35,13 @@ _VOCABULARIES: Final = ("tokenizer.json", "tokenizer.model", "vocab.json", "voca
 
 @dataclass(frozen=True)
 class Seed:
-    """One dense checkpoint: what its config.json and its headers say, and samples of its weights."""
+    """One dense checkpoint: what its config.json and its headers say."""
 
     name: str
     folder: Path
     revision: str | None
     config: Mapping[str, Any]
-    family: Family
-    sizes: Sizes
-    values: Mapping[str, Any]
+    model: DenseModel
     tensors: Mapping[str, TensorInfo]
 
     @property
@@ -76,7 +75,8 @@ def _split_name(spec: str) -> tuple[str, str]:
         name, source = "", spec
     if not source:
         raise SeedError(f"seed '{spec}' names no folder; expected path, repo, repo@revision or name=path")
-    name = name or Path(source.partition("@")[0] if not Path(source).exists() else source).resolve().name
+    # The last component as written: what a link points to must not decide the result's bytes.
+    name = name or os.path.basename(os.path.abspath(source if Path(source).exists() else source.partition("@")[0]))
     if not re.fullmatch(r"[\w.+-]*[A-Za-z_][\w.+-]*", name):
         raise SeedError(
             f"seed '{spec}': '{name}' is no name (letters, digits and ._+-, not a number); give one: NAME={source}"
@@ -108,24 +108,25 @@ def read_seed(name: str, source: str) -> Seed:
         raise SeedError(
             f"{where}: its weights are quantized (config.json has quantization_config); give the full-precision one"
         )
-    family = find_family(config, where)
-    sizes = read_sizes(family, config, where)
-    return Seed(name, folder, revision, config, family, sizes, config_values(family, config), tensors)
+    return Seed(name, folder, revision, config, read_dense(config, where), tensors)
 
 
 def _check_same_architecture(first: Seed, seed: Seed) -> None:
-    if seed.family is not first.family:
+    if seed.model.model_type != first.model.model_type:
         raise SeedError(
-            f"{seed.where} is a {seed.config['model_type']} model, {first.where} a {first.config['model_type']} model; "
+            f"{seed.where} is a {seed.model.model_type} model, {first.where} a {first.model.model_type} model; "
             "only models of one family and one ancestor can be mixed"
         )
-    found = decisive_values(seed.values)
-    for key, value in decisive_values(first.values).items():
-        if found.get(key) != value:
-            raise SeedError(
-                f"{seed.where}: config.json says {key} = {json.dumps(found.get(key))}, but {first.where} says "
-                f"{json.dumps(value)}{_tensor_difference(first, seed)}; seeds of one ancestor agree, so leave one out"
-            )
+    for key, expected, found in differences(first.model, seed.model)[:1]:
+        raise SeedError(
+            f"{seed.where}: config.json says {key} = {_short(found)}, but {first.where} says {_short(expected)}"
+            f"{_tensor_difference(first, seed)}; seeds of one ancestor agree, so leave one out"
+        )
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."
 
 
 def _tensor_difference(first: Seed, seed: Seed) -> str:
@@ -139,36 +140,65 @@ def _tensor_difference(first: Seed, seed: Seed) -> str:
     return ""
 
 
-def check_tensors(seed: Seed, dense: Mapping[str, tuple[int, ...]], tied: bool) -> list[str]:
+def check_tensors(seed: Seed, dense: Mapping[str, tuple[int, ...]]) -> list[str]:
     """Check a seed's tensors against what its architecture has, and return the names of those that are dropped.
 
     Raises:
         SeedError: a tensor that is missing, that the architecture does not know, of another shape or no float.
     """
-    dropped = []
+    dropped, family = [], seed.model.family
     for name, info in seed.tensors.items():
         if name in dense:
             if info.shape != dense[name]:
                 raise SeedError(
-                    f"{seed.where}: tensor '{name}' has shape {list(info.shape)}, "
-                    f"expected {list(dense[name])} by its config.json"
+                    f"{seed.where}: tensor '{name}' has shape {list(info.shape)}, expected {list(dense[name])} by its "
+                    "config.json; the two do not belong together, so save the model anew with save_pretrained"
                 )
             if info.dtype not in FLOATS:
                 raise SeedError(
                     f"{seed.where}: tensor '{name}' is {info.dtype}, expected one of {', '.join(FLOATS)}; "
                     "quantized or integer weights cannot be mixed"
                 )
-        elif name.endswith(seed.family.dropped) or (tied and name == f"{seed.family.head}.weight"):
+        elif name.endswith(family.dropped):
+            dropped.append(name)
+        elif seed.model.tied and name == f"{family.head}.weight":
+            _check_tied_head(seed, name)
             dropped.append(name)
         else:
             raise SeedError(
-                f"{seed.where}: tensor '{name}' is not part of a {seed.family.architecture}; is it a fine-tune with a "
-                "head or adapter of its own? Merge the adapter or remove the tensor first"
+                f"{seed.where}: tensor '{name}' is not part of a {family.architecture}. A model with a head or an "
+                "adapter of its own, or saved without its output head, must be loaded as a causal language model "
+                "(the adapter merged) and saved anew with save_pretrained"
             )
     for name in dense:
         if name not in seed.tensors:
-            raise SeedError(f"{seed.where}: tensor '{name}' is missing from its weights")
+            raise SeedError(
+                f"{seed.where}: tensor '{name}' is missing from its weights; is the download complete? If it is, load "
+                "the model and save it anew with save_pretrained"
+            )
     return sorted(dropped)
+
+
+def _check_tied_head(seed: Seed, head: str) -> None:
+    """A head beside tied embeddings is redundant only if it is the embedding; transformers unties the two otherwise."""
+    table = f"{seed.model.family.base}.{seed.model.family.embedding}.weight"
+    one, other = seed.tensors.get(table), seed.tensors[head]
+    if one is None or (one.dtype, one.shape) != (other.dtype, other.shape) or not _same_bytes(one, other):
+        raise SeedError(
+            f"{seed.where}: config.json ties the embeddings, but tensor '{head}' differs from '{table}'; "
+            'set "tie_word_embeddings": false in its config.json (and that of the other seeds)'
+        )
+
+
+def _same_bytes(one: TensorInfo, other: TensorInfo) -> bool:
+    with one.file.open("rb") as first, other.file.open("rb") as second:
+        first.seek(one.offset)
+        second.seek(other.offset)
+        for start in range(0, one.nbytes, 1 << 20):
+            size = min(1 << 20, one.nbytes - start)
+            if first.read(size) != second.read(size):
+                return False
+    return True
 
 
 def _check_same_tokens(seeds: Sequence[Seed]) -> None:
@@ -185,10 +215,11 @@ def _check_same_tokens(seeds: Sequence[Seed]) -> None:
                 continue
             if not file.endswith(".json"):
                 raise SeedError(
-                    f"{seed.where}: {file} differs from that of {first.where}; the tokens may have other ids"
+                    f"{seed.where}: {file} differs from that of {first.where}, so its tokens may have other ids; "
+                    "seeds need one tokenizer, so leave one out"
                 )
-            reference = reference or _token_ids(first.folder / file)
-            _compare_tokens(first, seed, file, reference, _token_ids(seed.folder / file))
+            reference = reference or _token_ids(first, file)
+            _compare_tokens(first, seed, file, reference, _token_ids(seed, file))
 
 
 def _compare_tokens(first: Seed, seed: Seed, file: str, expected: Mapping[str, int], found: Mapping[str, int]) -> None:
@@ -197,7 +228,8 @@ def _compare_tokens(first: Seed, seed: Seed, file: str, expected: Mapping[str, i
     token = min(token for token in {*expected, *found} if expected.get(token) != found.get(token))
     raise SeedError(
         f"{seed.where}: {file} gives token {token!r} the id {found.get(token)}, "
-        f"but {first.where} gives it {expected.get(token)}; row by row their embeddings mean different tokens"
+        f"but {first.where} gives it {expected.get(token)}; rows of their embeddings mean different tokens, "
+        "so leave one out"
     )
 
 
@@ -206,18 +238,20 @@ def _file_hash(path: Path) -> str:
         return hashlib.file_digest(handle, "sha256").hexdigest()
 
 
-def _token_ids(path: Path) -> dict[str, int]:
-    table = read_json(path)
-    if path.name == "vocab.json":
-        return table
+def _token_ids(seed: Seed, file: str) -> dict[str, int]:
     try:
+        table = read_json(seed.folder / file, MAX_TOKENIZER)
+        if file == "vocab.json":
+            return table
         vocabulary = table["model"]["vocab"]
         if isinstance(vocabulary, list):  # unigram: [token, score] in the order of ids
             vocabulary = {token: index for index, (token, _) in enumerate(vocabulary)}
         added = {token["content"]: token["id"] for token in table.get("added_tokens", [])}
         return {**vocabulary, **added}
+    except CheckpointError as error:
+        raise SeedError(f"{seed.where}: {error}") from error
     except (KeyError, TypeError, ValueError) as error:
-        raise SeedError(f"{path}: no vocabulary can be read from it ({error!r})") from error
+        raise SeedError(f"{seed.where}: no vocabulary can be read from {file} ({error!r})") from error
 
 
 def sample(seed: Seed) -> dict[str, bytes]:

@@ -11,7 +11,7 @@ from transformers import AutoConfig, PretrainedConfig
 _SHOWN = (
     *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "max_position_embeddings"),
     *("bos_token_id", "eos_token_id", "pad_token_id", "tie_word_embeddings", "initializer_range"),
-    *("layer_types", "sliding_window", "dtype"),
+    *("layer_types", "sliding_window", "dtype", "use_cache"),
 )
 
 
@@ -23,6 +23,7 @@ class BamConfig(PretrainedConfig):
         dense_layout: how the seed's modules are named and shaped: `attention` and `output` (names), `projections` (name
             to the list of query, key, value it holds), `qk_norm` (None, "head", "head_swapped", "width", "heads"),
             `gated` (the FFN), `fused_by_head`. Llama's names by default.
+        expert_names: the experts' names, in their order.
         num_experts: N, FFN experts and (with `attention_experts`) attention experts in every layer.
         num_experts_per_tok: k, FFN experts a token uses.
         norm_topk_prob: rescale the selected gates to sum to 1; the paper does not.
@@ -43,6 +44,7 @@ class BamConfig(PretrainedConfig):
         dense_config: Any = None,
         dense_layout: dict[str, Any] | None = None,
         num_experts: int = 4,
+        expert_names: list[str] | None = None,
         num_experts_per_tok: int = 1,
         norm_topk_prob: bool = False,
         attention_experts: bool = True,
@@ -66,6 +68,7 @@ class BamConfig(PretrainedConfig):
             **(dense_layout or {}),
         }
         self.num_experts = num_experts
+        self.expert_names = expert_names or [str(expert) for expert in range(num_experts)]
         self.num_experts_per_tok = num_experts_per_tok
         self.norm_topk_prob = norm_topk_prob
         self.attention_experts = attention_experts

@@ -11,6 +11,8 @@ This file travels inside each checkpoint and needs nothing but torch and transfo
 Axes: B batch, S sequence, T tokens (B * S), N experts, K experts per token, D hidden, I inner, H heads, d head_dim.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, ClassVar
@@ -96,13 +98,15 @@ class BamFeedForward(nn.Module):
         experts: Any = BamExperts(config, gated, bias)
         experts.has_gate, experts.has_bias = gated, bias
         self.experts = experts
-        self.router_logits: torch.Tensor | None = None
+        self.collected: list[torch.Tensor] | None = None
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        """Mix `[..., D]`; the router's logits `[T, N]` stay behind for the losses."""
+        """Mix `[..., D]`; the router's logits `[T, N]` go to `collected` while somebody collects."""
         tokens = hidden_states.reshape(-1, hidden_states.shape[-1])
-        self.router_logits = self.router(tokens)
-        gates, experts = _softmax(self.router_logits).topk(self.top_k, dim=-1)
+        logits = self.router(tokens)
+        if self.collected is not None:
+            self.collected.append(logits)
+        gates, experts = _softmax(logits).topk(self.top_k, dim=-1)
         if self.normalize:
             gates = gates / gates.sum(-1, keepdim=True)
         mixed = self.experts(tokens, experts, gates.to(tokens.dtype)).reshape(hidden_states.shape)
@@ -122,15 +126,20 @@ class GatedOutput(nn.Module):
         self.linear = nn.Linear(self.experts * output.in_features, output.out_features, bias=False)
         self.bias = nn.Parameter(torch.empty(self.experts, output.out_features)) if output.bias is not None else None
         self.router = nn.Linear(config.hidden_size, self.experts, bias=False)
-        self.router_logits: torch.Tensor | None = None
+        self.gates: torch.Tensor | None = None
+        self.collected: list[torch.Tensor] | None = None
 
     def route(self, hidden_states: torch.Tensor) -> None:
-        """Take the router's logits from the attention's input `[B, S, D]`."""
-        self.router_logits = self.router(hidden_states)
+        """Take the gates `[B, S, N]` for the coming forward from the attention's input `[B, S, D]`."""
+        logits = self.router(hidden_states)
+        if self.collected is not None:
+            self.collected.append(logits.flatten(0, -2))
+        self.gates = _softmax(logits)
 
     def forward(self, heads: torch.Tensor) -> torch.Tensor:
         """Heads `[B, S, H * N * d]`, ordered (key/value head, expert, head in its group), to `[B, S, D]`."""
-        gates = _softmax(self.router_logits).to(heads.dtype)
+        assert self.gates is not None, "the attention's pre-hook routes first"
+        gates, self.gates = self.gates.to(heads.dtype), None
         gated = heads.unflatten(-1, (self.key_value_heads, self.experts, -1)) * gates[..., None, :, None]
         output = self.linear(gated.flatten(-3))
         return output if self.bias is None else output + gates @ self.bias
@@ -147,7 +156,8 @@ class ExpertNorm(nn.Module):
     def __init__(self, norm: Any, kind: str, config: BamConfig):
         super().__init__()
         between = {"head": (1,), "head_swapped": (1, 1), "width": ()}[kind]
-        norm.weight = nn.Parameter(torch.empty(config.num_experts, *between, norm.weight.shape[-1]))
+        weight = norm.weight.detach().expand(config.num_experts, *between, -1)
+        norm.weight = nn.Parameter(weight.clone())  # the family's own start, which its initialisation has set already
         self.norm = norm
         self.kind, self.experts, self.key_value_heads = kind, config.num_experts, config.dense_key_value_heads
 
@@ -200,7 +210,7 @@ def _widen_attention(attention: Any, dense_config: Any, config: BamConfig) -> No
         for name, part in (("q_norm", "query"), ("k_norm", "key")):
             norm = getattr(attention, name)
             if layout["qk_norm"] == "heads":
-                norm.weight = nn.Parameter(torch.empty(copies[part] * norm.weight.shape[0], norm.weight.shape[1]))
+                norm.weight = nn.Parameter(norm.weight.detach().repeat(copies[part], 1))
             elif copies[part] > 1:
                 setattr(attention, name, ExpertNorm(norm, layout["qk_norm"], config))
     if len(layout["projections"]) == 1 and not layout["fused_by_head"]:
@@ -356,27 +366,69 @@ class BamForCausalLM(BamPreTrainedModel, GenerationMixin):
         **kwargs: Any,
     ) -> Any:
         """The family's own forward; with `output_router_logits` a `BamCausalLMOutput` with the routers' losses."""
-        outputs = self.dense(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            inputs_embeds=inputs_embeds,
-            labels=labels,
-            use_cache=use_cache,
-            logits_to_keep=logits_to_keep,
-            **kwargs,
-        )
-        ffn_logits, attention_logits = self._take_router_logits()
-        if not (self.config.output_router_logits if output_router_logits is None else output_router_logits):
+        if output_router_logits is None:
+            output_router_logits = self.config.output_router_logits
+        for switch in ("output_hidden_states", "output_attentions"):
+            if getattr(self.config, switch, False):
+                kwargs.setdefault(switch, True)
+        with self._collecting(output_router_logits) as (ffn_logits, attention_logits):
+            outputs = self.dense(
+                input_ids=input_ids,
+                attention_mask=attention_mask,
+                position_ids=position_ids,
+                inputs_embeds=inputs_embeds,
+                labels=labels,
+                use_cache=getattr(self.config, "use_cache", None) if use_cache is None else use_cache,
+                logits_to_keep=logits_to_keep,
+                **kwargs,
+            )
+        if not output_router_logits:
             return outputs
         mask = None
-        if attention_mask is not None and attention_mask.dim() == 2:
-            mask = attention_mask[:, -outputs.logits.shape[1] :] if logits_to_keep == 0 else attention_mask
-            mask = mask.reshape(-1).bool() if mask.numel() == len(ffn_logits[0]) else None
+        if isinstance(attention_mask, torch.Tensor) and attention_mask.dim() == 2:
+            inputs: Any = inputs_embeds if input_ids is None else input_ids
+            length = inputs.shape[1]
+            mask = attention_mask[:, -length:].reshape(-1)  # earlier columns are the cache's
+        return self._with_router_losses(outputs, ffn_logits, attention_logits, mask)
+
+    def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> Any:
+        """The family's own: Phi3's begins anew where its positions switch from short to long."""
+        return self.dense.prepare_inputs_for_generation(*args, **kwargs)
+
+    @contextmanager
+    def _collecting(self, wanted: bool) -> Iterator[tuple[list[torch.Tensor], list[torch.Tensor]]]:
+        """Two lists that the layers' routers fill with logits `[T, N]` within the block, and never outside it."""
+        ffn: list[torch.Tensor] = []
+        attention: list[torch.Tensor] = []
+        if wanted:
+            self._collect(ffn, attention)
+        try:
+            yield ffn, attention
+        finally:
+            if wanted:
+                self._collect(None, None)
+
+    def _collect(self, ffn: list[torch.Tensor] | None, attention: list[torch.Tensor] | None) -> None:
+        layout = self.config.dense_layout
+        for layer in self.dense.base_model.layers:
+            layer.mlp.collected = ffn
+            if self.config.attention_experts:
+                getattr(getattr(layer, layout["attention"]), layout["output"]).collected = attention
+
+    def _with_router_losses(
+        self, outputs: Any, ffn: list[torch.Tensor], attention: list[torch.Tensor], mask: torch.Tensor | None
+    ) -> BamCausalLMOutput:
+        if torch.is_grad_enabled() and outputs.logits.requires_grad and not ffn[0].requires_grad:
+            for parameter in self.dense.base_model.layers[0].mlp.router.parameters():
+                if parameter.requires_grad:
+                    raise ValueError(
+                        "router losses have no gradient under reentrant gradient checkpointing; enable it with "
+                        'gradient_checkpointing_kwargs={"use_reentrant": False}'
+                    )
         device = outputs.logits.device  # layers may lie on several
         top_k = self.config.num_experts_per_tok
-        balance = torch.stack([load_balance_loss(x.to(device), top_k, mask) for x in ffn_logits]).sum()
-        z = torch.stack([z_loss(x.to(device), mask) for x in (*ffn_logits, *attention_logits)]).sum()
+        balance = torch.stack([load_balance_loss(x.to(device), top_k, mask) for x in ffn]).sum()
+        z = torch.stack([z_loss(x.to(device), mask) for x in (*ffn, *attention)]).sum()
         loss = outputs.loss
         if loss is not None:
             loss = loss + self.config.router_aux_loss_coef * balance + self.config.router_z_loss_coef * z
@@ -384,19 +436,6 @@ class BamForCausalLM(BamPreTrainedModel, GenerationMixin):
             **{**outputs, "loss": loss},
             load_balance_loss=balance,
             z_loss=z,
-            router_logits=ffn_logits,
-            attention_router_logits=attention_logits or None,
+            router_logits=tuple(ffn),
+            attention_router_logits=tuple(attention) or None,
         )
-
-    def _take_router_logits(self) -> tuple[tuple[torch.Tensor, ...], tuple[torch.Tensor, ...]]:
-        """The logits `[T, N]` that each layer's routers left in this forward; taken, so that no graph outlives it."""
-        ffn, attention = [], []
-        for layer in self.dense.base_model.layers:
-            ffn.append(layer.mlp.router_logits)
-            layer.mlp.router_logits = None
-            if self.config.attention_experts:
-                layout = self.config.dense_layout
-                output = getattr(getattr(layer, layout["attention"]), layout["output"])
-                attention.append(output.router_logits.flatten(0, -2))
-                output.router_logits = None
-        return tuple(ffn), tuple(attention)
