@@ -1,5 +1,7 @@
 """The app: its commands, options that take several words, and what an error prints and exits with."""
 
+import io
+import os
 import sys
 from collections.abc import Sequence
 from typing import Annotated
@@ -9,7 +11,7 @@ import typer
 from upcycle.errors import UpcycleError
 from upcycle.version import __version__
 
-from . import extract, generate, inspect, merge, output, plan, recipes
+from . import demo, extract, generate, inspect, merge, output, plan, recipes
 
 # Options that take every word up to the next one that begins with `-`.
 LIST_OPTIONS = ("--seeds", "--set")
@@ -22,7 +24,15 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
 )
-for function in (merge.merge, plan.plan, recipes.recipes, inspect.inspect, extract.extract, generate.generate):
+for function in (
+    merge.merge,
+    plan.plan,
+    recipes.recipes,
+    inspect.inspect,
+    extract.extract,
+    generate.generate,
+    demo.demo,
+):
     app.command()(function)
 
 
@@ -63,6 +73,9 @@ def expand_lists(arguments: Sequence[str]) -> list[str]:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line; exits with 0 done, 1 input that cannot be served, 2 usage, 130 interrupted."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # a path may hold what the terminal cannot show
     try:
         app(expand_lists(sys.argv[1:] if arguments is None else arguments))
     except UpcycleError as error:
@@ -72,6 +85,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if stop.code == 130:
             output.error("interrupted; nothing that looks finished was left behind")
         raise
+    except Exception as error:  # a bug of ours, or input that no check foresaw: one message all the same
+        if os.environ.get("UPCYCLE_DEBUG"):
+            raise
+        output.error(f"unexpected {type(error).__name__}: {error}\nSet UPCYCLE_DEBUG=1 to see where, and report it.")
+        sys.exit(1)
 
 
 if __name__ == "__main__":

@@ -12,12 +12,16 @@ if TYPE_CHECKING:
     from upcycle.plan import MergePlan
     from upcycle.scaling import Cost
 
+MAX_MESSAGE = 2000  # characters: a name in a message may come from a damaged file
+
 
 def error(message: str) -> None:
     """What failed, on stderr."""
     from rich.console import Console
     from rich.text import Text
 
+    if len(message) > MAX_MESSAGE:
+        message = f"{message[:MAX_MESSAGE]}…"
     # soft_wrap: a path or a command in a message must survive copying.
     Console(stderr=True).print(Text.assemble(("error: ", "bold red"), message), soft_wrap=True)
 

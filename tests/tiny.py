@@ -41,7 +41,12 @@ CASES = (
     Case("granite", "granite", {"residual_multiplier": 0.5, "logits_scaling": 2.0, "embedding_multiplier": 3.0}),
     Case("smollm3", "smollm3", {"no_rope_layer_interval": 2}),
     Case(
-        "phi3", "phi3", {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}}
+        "phi3",
+        "phi3",
+        {
+            "sliding_window": 6,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5},
+        },
     ),
     Case("starcoder2", "starcoder2", {"use_bias": True, "sliding_window": 6}, exact=1e-10),
     Case("gpt_neox", "gpt_neox", {"num_key_value_heads": None}, exact=1e-10, grouped=False),

@@ -39,6 +39,7 @@ ITEM_SIZE: Final[Mapping[str, int]] = {
 }
 MAX_SHARD_SIZE: Final = 5_000_000_000  # bytes of weights in one output file, unless told otherwise
 MAX_HEADER: Final = 25_000_000  # real headers stay below 5 MB
+MAX_DIMENSIONS: Final = 8
 MAX_JSON: Final = 25_000_000
 
 
@@ -161,10 +162,10 @@ def _tensor_info(file: Path, name: str, entry: Any, base: int) -> TensorInfo:
         raise CheckpointError(
             f"{file}: '{name}' has dtype {dtype!r}, which is not known; known: {', '.join(ITEM_SIZE)}"
         )
-    if prod(shape) * ITEM_SIZE[dtype] != end - begin:
+    if len(shape) > MAX_DIMENSIONS or prod(shape) * ITEM_SIZE[dtype] != end - begin:
         raise CheckpointError(
-            f"{file}: '{name}' has shape {list(shape)} of {dtype}, {prod(shape) * ITEM_SIZE[dtype]} bytes, "
-            f"but the header gives it {end - begin}"
+            f"{file}: '{name}' has shape {list(shape[:MAX_DIMENSIONS])} of {dtype}, which are not the "
+            f"{end - begin} bytes that the header gives it"
         )
     return TensorInfo(dtype, shape, file, base + begin, end - begin)
 

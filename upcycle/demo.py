@@ -23,11 +23,11 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFa
 from transformers.utils import logging
 
 from upcycle.checkpoint import staging
-from upcycle.errors import OutputError, RecipeError, UpcycleError, did_you_mean
+from upcycle.errors import OutputError, UpcycleError, did_you_mean
 from upcycle.merge import merge
 from upcycle.numeric import Array
-from upcycle.plan import plan_merge
-from upcycle.recipe import load_recipe
+from upcycle.plan import count_experts, plan_merge
+from upcycle.recipe import Recipe, load_recipe
 from upcycle.seeds import read_seeds
 
 FAMILIES: Final = ("llama", "cohere2")
@@ -61,8 +61,8 @@ class Settings:
     heads: int = 4
     key_value_heads: int = 2
     batch: int = 8
-    seed_steps: int = 240
-    specialist_steps: int = 110
+    seed_steps: int = 180
+    specialist_steps: int = 80
     seed_learning_rate: float = 6e-3
     specialist_learning_rate: float = 3e-3
     own_share: float = 0.9
@@ -129,7 +129,9 @@ def run_demo(
     began = time.monotonic()
     settings, report = settings or Settings(), progress or (lambda _: None)
     if family not in FAMILIES:
-        raise RecipeError(f"the demo has no family '{family}'{did_you_mean(family, FAMILIES)}")
+        raise UpcycleError(f"the demo has no family '{family}'{did_you_mean(family, FAMILIES)}")
+    mix = load_recipe(recipe)
+    count_experts(mix, 1 + len(SPECIALISTS), None)  # refuses a recipe of another number before minutes of training
     train_text, heldout_text = read_text(data, "train"), read_text(data, "heldout")
     folder, key = work / family, training_key(family, settings, train_text)
     tokenizer = make_tokenizer(folder / "tokenizer", key, train_text, settings)
@@ -138,9 +140,11 @@ def run_demo(
         for stage in _trainings(folder, key, family, tokenizer, train_text, settings):
             _train_missing(pool, stage, report)
         seeds = {name: folder / name for name in (SEED, *SPECIALISTS)}
-        mixture = _merge(recipe, list(seeds.values()), folder, report)
+        mixture = _merge(mix, list(seeds.values()), folder, report)
         report("measuring held-out loss")
-        futures = {name: pool.submit(measure, path, heldout) for name, path in (seeds | {mixture.name: mixture}).items()}
+        futures = {
+            name: pool.submit(measure, path, heldout) for name, path in (seeds | {mixture.name: mixture}).items()
+        }
         losses = {name: future.result() for name, future in futures.items()}
         prompt, sample = pool.submit(_sample, mixture, heldout["code"][0][:32]).result()
     return DemoResult(losses, mixture, prompt, sample, time.monotonic() - began)
@@ -156,10 +160,12 @@ def read_text(data: Path, split: str) -> dict[str, list[str]]:
     for domain in DOMAINS:
         file = data / f"{domain}.{split}.jsonl"
         try:
-            lines = file.read_text(encoding="utf-8").splitlines()
-            text[domain] = [str(json.loads(line)["text"]) for line in lines]
+            with file.open(encoding="utf-8") as lines:
+                text[domain] = [str(json.loads(line)["text"]) for line in lines]
         except (OSError, ValueError, KeyError, TypeError) as error:
-            raise UpcycleError(f'demo text {file}: expected lines of {{"text": …}}, but {error!r}; see --data') from error
+            raise UpcycleError(
+                f'demo text {file}: expected lines of {{"text": …}}, but {error!r}; see --data'
+            ) from error
     return text
 
 
@@ -183,7 +189,9 @@ def finished(folder: Path, key: str) -> Iterator[Path]:
         OutputError: `folder` holds something that the demo did not write, or another run is at it.
     """
     if folder.exists() and not (folder / KEY_FILE).is_file():
-        raise OutputError(f"{folder} exists and was not made by the demo, so it is never overwritten; choose another --work")
+        raise OutputError(
+            f"{folder} exists and was not made by the demo, so it is never overwritten; choose another --work"
+        )
     with staging(folder) as partial:
         yield partial
         (partial / KEY_FILE).write_text(key, encoding="utf-8")
@@ -353,16 +361,16 @@ def _load(folder: Path) -> Any:
     return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, trust_remote_code=True)
 
 
-def _merge(recipe: str, seeds: Sequence[Path], folder: Path, report: Progress) -> Path:
-    plan = plan_merge(load_recipe(recipe), read_seeds([str(seed) for seed in seeds]))
-    out = folder / f"{Path(recipe).stem}-{len(seeds)}x"
+def _merge(recipe: Recipe, seeds: Sequence[Path], folder: Path, report: Progress) -> Path:
+    plan = plan_merge(recipe, read_seeds([str(seed) for seed in seeds]))
+    out = folder / f"{recipe.name}-{len(seeds)}x"
     result = merge(plan, out, overwrite=True)
     report(f"{out.name}: merged in {result.seconds:.1f} s")
     return out
 
 
 def measure(folder: Path, heldout: Tokens) -> dict[str, float]:
-    """Held-out loss of the model in `folder`, nats per token, by domain; `heldout` holds `[windows, context]` tokens."""
+    """Held-out loss of the model in `folder` by domain, nats per token; `heldout` holds uint16 `[windows, context]`."""
     model = _load(folder)
     return {
         domain: heldout_loss(model, torch.from_numpy(tokens.astype(np.int64))) for domain, tokens in heldout.items()
@@ -378,7 +386,7 @@ def heldout_loss(model: Any, windows: torch.Tensor) -> float:
         windows: int64 `[windows, context]`.
     """
     total = 0.0
-    for batch in windows.split(EVALUATION_BATCH):
+    for batch in torch.split(windows, EVALUATION_BATCH):
         logits = model(input_ids=batch, use_cache=False).logits[:, :-1].float()
         total += torch.nn.functional.cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten(), reduction="sum").item()
     return total / windows[:, 1:].numel()

@@ -26,6 +26,6 @@ class OutputError(UpcycleError):
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
     """Return `; did you mean 'x'?` with the nearest of `known`, or all of them when none is near."""
-    known = sorted(known)
+    known, word = sorted(known), word[:80]
     near = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
     return f"; did you mean '{near[0]}'?" if near else f"; known: {', '.join(known)}"

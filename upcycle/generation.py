@@ -4,6 +4,7 @@ from pathlib import Path
 
 from upcycle.checkpoint import CONFIG, read_json
 from upcycle.errors import CheckpointError
+from upcycle.seeds import VOCABULARIES
 
 
 def continue_text(folder: Path, text: str, max_new_tokens: int) -> str:
@@ -13,6 +14,8 @@ def continue_text(folder: Path, text: str, max_new_tokens: int) -> str:
         CheckpointError: no checkpoint or no tokenizer there, or one that this transformers cannot load.
     """
     read_json(folder / CONFIG)
+    if not any((folder / name).is_file() for name in VOCABULARIES):
+        raise CheckpointError(f"{folder} holds no tokenizer file ({', '.join(VOCABULARIES)}), so no text can be read")
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import logging
@@ -25,8 +28,8 @@ def continue_text(folder: Path, text: str, max_new_tokens: int) -> str:
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder)
         model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
-    except (OSError, ValueError, KeyError) as error:
-        raise CheckpointError(f"{folder} cannot be loaded: {error}") from error
+    except Exception as error:  # transformers raises whatever it meets in a damaged file
+        raise CheckpointError(f"{folder} cannot be loaded by transformers: {error!r}") from error
     device = "cuda" if torch.cuda.is_available() else "cpu"
     inputs = tokenizer(text, return_tensors="pt").to(device)
     if not inputs["input_ids"].numel():

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Final
 
 import numpy as np
+from numpy.random import RandomState
 
 from upcycle.checkpoint import (
     CONFIG,
@@ -327,7 +328,7 @@ def _init_job(random_seed: int, tensor: PlannedTensor, init: RandomInit, descrip
     def run(_: _Buffers) -> int:
         # The legacy generator's stream is frozen by numpy's policy, so the same plan gives the same router anywhere.
         words = np.frombuffer(hashlib.sha256(f"{random_seed}:{tensor.name}".encode()).digest(), np.uint32)
-        values = np.random.RandomState(words).standard_normal(prod(tensor.shape)) * init.std
+        values = RandomState(words).standard_normal(prod(tensor.shape)) * init.std
         return _write(descriptor, values.astype(np.float32).astype(FLOATS[tensor.dtype]).view(np.uint8), offset)
 
     return run

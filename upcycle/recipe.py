@@ -19,6 +19,7 @@ ROLES: Final = (
     "embedding",
     "head",
 )
+MAX_RECIPE: Final = 100_000  # bytes
 EXPERTS: Final = "experts"
 MEAN: Final = "mean"
 WEIGHTED: Final = "weighted"
@@ -156,7 +157,10 @@ def parse_recipe(name: str, table: Mapping[str, Any]) -> Recipe:
 def _read_table(name: str) -> dict[str, Any]:
     if name.endswith(".toml"):
         try:
-            text = Path(name).read_text(encoding="utf-8")
+            path = Path(name)
+            if path.exists() and not (path.is_file() and path.stat().st_size <= MAX_RECIPE):
+                raise RecipeError(f"recipe file '{name}' is no plain file of at most {MAX_RECIPE} bytes")
+            text = path.read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
             raise RecipeError(f"recipe file '{name}' cannot be read: {error}") from error
     else:
@@ -171,7 +175,7 @@ def _read_table(name: str) -> dict[str, Any]:
         text = file.read_text(encoding="utf-8")
     try:
         return tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
+    except (tomllib.TOMLDecodeError, RecursionError) as error:
         raise RecipeError(f"recipe '{name}' is not valid TOML: {error}") from error
 
 
@@ -181,7 +185,7 @@ def _override(table: dict[str, Any], override: str) -> None:
         raise RecipeError(f"--set {override}: expected key=value, for example router.ffn.top_k=2")
     try:
         value = tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
+    except (tomllib.TOMLDecodeError, RecursionError):
         value = text  # a bare word is a string
     *path, last = key.split(".")
     for part in path:
@@ -201,7 +205,7 @@ def _parse_mix(where: str, table: Mapping[str, Any]) -> dict[str, str]:
     _check_keys(f"{where}, [mix]", flat, (*ROLES, "default"))
     for role, mix in flat.items():
         if not isinstance(mix, str) or not (mix in (EXPERTS, MEAN, WEIGHTED) or mix.startswith(SEED_PREFIX)):
-            hint = did_you_mean(str(mix), (EXPERTS, MEAN, WEIGHTED, "seed:<name>"))
+            hint = did_you_mean(str(mix)[:80], (EXPERTS, MEAN, WEIGHTED, "seed:<name>"))
             raise RecipeError(f"{where}, [mix]: {role} = {mix!r} is no way to mix{hint}")
     default = flat.get("default", MEAN)
     if default == EXPERTS:
@@ -295,6 +299,8 @@ def _section(where: str, default: _Section, table: Mapping[str, Any]) -> _Sectio
 
 
 def _typed(where: str, key: str, value: Any, kind: type) -> Any:
+    if type(value) is int and not -(2**63) < value < 2**63:
+        raise RecipeError(f"{where}: {key} is a whole number beyond any use")
     if kind is float and type(value) is int:
         value = float(value)
     if type(value) is not kind:

@@ -19,6 +19,7 @@ from upcycle.errors import CheckpointError, SeedError
 from upcycle.numeric import FLOATS, to_float32
 
 SAMPLE_ELEMENTS: Final = 2048
+MAX_SPEC: Final = 1000
 MAX_TOKENIZER: Final = 200_000_000  # bytes; Gemma's are 34 MB
 # Specialists of one ancestor are near 1, models trained apart within 0.01 of 0 (see `relatedness`).
 MIN_COSINE: Final = 0.2
@@ -30,7 +31,7 @@ COPIED_FILES: Final = (
     "generation_config.json",
 )
 # Files that say which id a token has, in the order in which they are asked.
-_VOCABULARIES: Final = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
+VOCABULARIES: Final = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
 
 
 @dataclass(frozen=True)
@@ -70,6 +71,8 @@ def read_seeds(specs: Sequence[str]) -> list[Seed]:
 
 
 def _split_name(spec: str) -> tuple[str, str]:
+    if len(spec) > MAX_SPEC or "\0" in spec:
+        raise SeedError(f"seed '{spec[:40]}…' is no path: {len(spec)} characters, expected at most {MAX_SPEC}")
     name, equals, source = spec.partition("=")
     if not equals or "/" in name or Path(spec).exists():
         name, source = "", spec
@@ -203,7 +206,7 @@ def _same_bytes(one: TensorInfo, other: TensorInfo) -> bool:
 
 def _check_same_tokens(seeds: Sequence[Seed]) -> None:
     """Refuse seeds whose tokens have different ids: their embeddings would be averaged row by mismatched row."""
-    for file in _VOCABULARIES:
+    for file in VOCABULARIES:
         holders = [seed for seed in seeds if (seed.folder / file).is_file()]
         if len(holders) < 2:
             continue
@@ -246,11 +249,11 @@ def _token_ids(seed: Seed, file: str) -> dict[str, int]:
         vocabulary = table["model"]["vocab"]
         if isinstance(vocabulary, list):  # unigram: [token, score] in the order of ids
             vocabulary = {token: index for index, (token, _) in enumerate(vocabulary)}
-        added = {token["content"]: token["id"] for token in table.get("added_tokens", [])}
-        return {**vocabulary, **added}
+        added = {token["content"]: token["id"] for token in table.get("added_tokens") or []}
+        return {str(token): int(index) for token, index in (vocabulary | added).items()}
     except CheckpointError as error:
         raise SeedError(f"{seed.where}: {error}") from error
-    except (KeyError, TypeError, ValueError) as error:
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise SeedError(f"{seed.where}: no vocabulary can be read from {file} ({error!r})") from error
 
 
