@@ -29,8 +29,8 @@ Overrides = Annotated[
 Dtype = Annotated[
     Literal["bf16", "fp16", "fp32"] | None, typer.Option(help="Convert every tensor; else the seeds' own.")
 ]
-NumExperts = Annotated[int | None, typer.Option(help="Copies of the seed, for recipes that copy one.")]
-RandomSeed = Annotated[int, typer.Option(min=0, help="From which the routers are drawn.")]
+NumExperts = Annotated[int | None, typer.Option(max=1024, help="Copies of the seed, for recipes that copy one.")]
+RandomSeed = Annotated[int, typer.Option(min=0, max=2**63, help="From which the routers are drawn.")]
 Unrelated = Annotated[bool, typer.Option("--allow-unrelated", help="Mix seeds that share no ancestor.")]
 MaxShardSize = Annotated[str, typer.Option(help="Bytes of weights in one file: 5GB, 500MB, ...")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
@@ -143,7 +143,7 @@ def parse_size(text: str) -> int:
     """`5GB`, `500 MB`, `1000000` in bytes."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kMGT]?)B?", text)
     units = {"": 1, "k": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
-    bytes_ = int(float(match[1]) * units[match[2]]) if match else 0
-    if bytes_ < 1:
+    wanted = float(match[1]) * units[match[2]] if match else 0.0
+    if not 1 <= wanted <= 10**18:
         raise typer.BadParameter(f"--max-shard-size {text}: expected a size like 5GB, 500MB or 1000000")
-    return bytes_
+    return int(wanted)

@@ -33,7 +33,9 @@ def plan(
     num_experts: NumExperts = None,
     overrides: Overrides = None,
     dtype: Dtype = None,
-    context: Annotated[int, typer.Option(min=1, help="Tokens of context at which FLOPs are counted.")] = 2048,
+    context: Annotated[
+        int, typer.Option(min=1, max=2**31, help="Tokens of context at which FLOPs are counted.")
+    ] = 2048,
     max_shard_size: MaxShardSize = "5GB",
     allow_unrelated: Unrelated = False,
     as_json: Json = False,

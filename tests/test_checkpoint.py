@@ -175,6 +175,9 @@ def test_only_a_former_result_is_overwritten(tmp_path):
     with pytest.raises(OutputError, match="never overwritten"):
         check_target(out, True, [seed])
     (out / "upcycle.json").write_text("{}")
+    with pytest.raises(OutputError, match=r"holds 'thesis\.txt'"):
+        check_target(out, True, [seed])
+    (out / "thesis.txt").unlink()
     with pytest.raises(OutputError, match="--yes"):
         check_target(out, False, [seed])
     check_target(out, True, [seed])

@@ -18,6 +18,14 @@ INDEX: Final = "model.safetensors.index.json"
 CONFIG: Final = "config.json"
 PROVENANCE: Final = "upcycle.json"
 TOKENIZER_CONFIG: Final = "tokenizer_config.json"
+# What a result takes over byte for byte, from the first seed.
+COPIED_FILES: Final = (
+    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "tokenizer.model"),
+    *("vocab.json", "merges.txt", "vocab.txt", "spiece.model", "chat_template.jinja", "chat_template.json"),
+    "generation_config.json",
+)
+# The model's own code, which travels with a mixture.
+MODELING_FILES: Final = ("configuration_bam.py", "modeling_bam.py")
 
 # Bytes per element of every dtype that a safetensors header may name.
 ITEM_SIZE: Final[Mapping[str, int]] = {
@@ -230,7 +238,7 @@ def index_json(shards: Sequence[Shard]) -> dict[str, Any]:
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:
     """Write an object as JSON, the same bytes for the same object."""
-    path.write_text(json.dumps(value, indent=2, ensure_ascii=False, sort_keys=True) + "\n", encoding="utf-8")
+    path.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n", encoding="ascii")
 
 
 def check_target(out: Path, overwrite: bool, sources: Sequence[Path]) -> None:
@@ -239,6 +247,13 @@ def check_target(out: Path, overwrite: bool, sources: Sequence[Path]) -> None:
     Raises:
         OutputError: it exists (and is no result of upcycle, or `overwrite` is not given), or lies within a source.
     """
+    try:
+        _check_target(out, overwrite, sources)
+    except (OSError, RuntimeError) as error:
+        raise OutputError(f"output {str(out)[:200]} cannot be reached: {error}; choose another --out") from error
+
+
+def _check_target(out: Path, overwrite: bool, sources: Sequence[Path]) -> None:
     target = out.resolve()
     for source in sources:
         if target == source.resolve() or source.resolve() in target.parents or target in source.resolve().parents:
@@ -249,10 +264,11 @@ def check_target(out: Path, overwrite: bool, sources: Sequence[Path]) -> None:
         raise OutputError(f"output {out} exists and is no folder; choose another --out")
     if not any(out.iterdir()):
         return
-    if not (out / PROVENANCE).is_file():
-        raise OutputError(
-            f"output {out} exists and is no result of upcycle, so it is never overwritten; choose another --out"
-        )
+    ours = {INDEX, CONFIG, PROVENANCE, *COPIED_FILES, *MODELING_FILES}
+    foreign = sorted(path.name for path in out.iterdir() if not (path.name in ours or path.match("model*.safetensors")))
+    if foreign or not (out / PROVENANCE).is_file():
+        holds = f"holds '{foreign[0]}'" if foreign else "is no result of upcycle"
+        raise OutputError(f"output {out} exists and {holds}, so it is never overwritten; choose another --out")
     if not overwrite:
         raise OutputError(f"output {out} exists; --yes overwrites it, --out chooses another folder")
 
@@ -266,6 +282,8 @@ def staging(out: Path) -> Iterator[Path]:
     """
     out = out.resolve()
     partial = out.parent / f".{out.name}.upcycle-partial"
+    if partial.is_symlink():
+        raise OutputError(f"{partial} is a link, and what it leads to is not emptied; remove it")
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         partial.mkdir(exist_ok=True)

@@ -26,8 +26,8 @@ def continue_text(folder: Path, text: str, max_new_tokens: int) -> str:
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder)
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", trust_remote_code=False)
     except Exception as error:  # transformers raises whatever it meets in a damaged file
         raise CheckpointError(f"{folder} cannot be loaded by transformers: {error!r}") from error
     device = "cuda" if torch.cuda.is_available() else "cpu"

@@ -3,9 +3,8 @@
 import re
 from pathlib import Path
 
-from upcycle.checkpoint import CONFIG, INDEX, WEIGHTS
+from upcycle.checkpoint import CONFIG, COPIED_FILES, INDEX, WEIGHTS
 from upcycle.errors import SeedError
-from upcycle.seeds import COPIED_FILES
 
 
 def download_seed(name: str, source: str) -> tuple[Path, str]:

@@ -9,6 +9,7 @@ from upcycle.checkpoint import CONFIG, PROVENANCE, TensorInfo, read_json, read_t
 from upcycle.dense_config import read_dense
 from upcycle.errors import CheckpointError
 from upcycle.layout import PREFIX, Layout, Piece, make_layout
+from upcycle.numeric import FLOATS
 from upcycle.plan import (
     FORMAT_VERSION,
     MergePlan,
@@ -58,10 +59,10 @@ def read_mixture(folder: Path) -> Mixture:
     tensors = read_tensors(folder)
     for tensor in layout.mixture:
         info = tensors.get(tensor.name)
-        if info is None or info.shape != tensor.shape:
-            found = "nothing" if info is None else list(info.shape)
+        if info is None or info.shape != tensor.shape or info.dtype not in FLOATS:
+            found = "nothing" if info is None else f"{info.dtype} {list(info.shape)}"
             raise CheckpointError(
-                f"{folder}: tensor '{tensor.name}': expected shape {list(tensor.shape)}, found {found}; "
+                f"{folder}: tensor '{tensor.name}': expected floats of shape {list(tensor.shape)}, found {found}; "
                 "the mixture is damaged or its config.json belongs to another"
             )
     return Mixture(folder, config, provenance, experts, tensors, layout, recipe)
@@ -156,7 +157,7 @@ def find_expert(mixture: Mixture, expert: str) -> int:
     names = mixture.experts
     if expert in names:
         return names.index(expert)
-    if expert.isdecimal() and int(expert) < len(names):
+    if expert in [str(index) for index in range(len(names))]:
         return int(expert)
     listed = ", ".join(f"{index} {name}" for index, name in enumerate(names))
     raise CheckpointError(f"{mixture.folder} has no expert '{expert}'; there are: {listed}")

@@ -8,17 +8,16 @@ from math import prod
 from pathlib import Path
 from typing import Any, Final
 
-from upcycle.checkpoint import ITEM_SIZE, TOKENIZER_CONFIG, TensorInfo, read_json
+from upcycle.checkpoint import COPIED_FILES, ITEM_SIZE, MODELING_FILES, TOKENIZER_CONFIG, TensorInfo, read_json
 from upcycle.dense_config import DenseModel
 from upcycle.errors import RecipeError, SeedError, did_you_mean
 from upcycle.layout import Group, Layout, MixtureTensor, make_layout
 from upcycle.numeric import TORCH_NAMES
 from upcycle.recipe import EXPERTS, SEED_PREFIX, WEIGHTED, Recipe
-from upcycle.seeds import COPIED_FILES, Seed, check_related, check_tensors, fingerprint, sample
+from upcycle.seeds import Seed, check_related, check_tensors, fingerprint, sample
 from upcycle.version import __version__
 
 FORMAT_VERSION: Final = 1
-MODELING_FILES: Final = ("configuration_bam.py", "modeling_bam.py")
 
 
 @dataclass(frozen=True)

@@ -24,12 +24,6 @@ MAX_TOKENIZER: Final = 200_000_000  # bytes; Gemma's are 34 MB
 # Specialists of one ancestor are near 1, models trained apart within 0.01 of 0 (see `relatedness`).
 MIN_COSINE: Final = 0.2
 
-# What a result takes over byte for byte, from the first seed.
-COPIED_FILES: Final = (
-    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "tokenizer.model"),
-    *("vocab.json", "merges.txt", "vocab.txt", "spiece.model", "chat_template.jinja", "chat_template.json"),
-    "generation_config.json",
-)
 # Files that say which id a token has, in the order in which they are asked.
 VOCABULARIES: Final = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
 
