@@ -45,6 +45,7 @@ THREADS: Final = 2
 CHUNK: Final = 4 << 20  # bytes a job moves
 MEAN_CHUNK: Final = 1 << 20  # bytes of each source that a mean takes at once: its fp32 sums stay in the cache
 CONTIGUOUS: Final = 256 << 10  # blocks from this size on are copied by themselves, smaller ones assembled in a buffer
+WRITE_BACK: Final = 16 << 20  # after so many bytes of a file, the kernel is asked to write them to the disk
 MARGIN: Final = 64 << 20  # bytes of disk to leave free beside the output
 
 
@@ -338,4 +339,10 @@ def _write(descriptor: int, data: Array, offset: int) -> int:
     done = 0
     while done < len(data):
         done += os.pwrite(descriptor, data[done:].data, offset + done)
+    end = offset + done
+    if offset // WRITE_BACK != end // WRITE_BACK and hasattr(os, "posix_fadvise"):
+        # Start writing to the disk now. Left to itself the kernel waits until much of the memory is unwritten output,
+        # then stalls whoever writes, and the final fsync finds everything still to do.
+        start = max(0, end - 3 * WRITE_BACK)
+        os.posix_fadvise(descriptor, start, end - start, os.POSIX_FADV_DONTNEED)
     return done
