@@ -190,7 +190,7 @@ def measure(command: Command, log: Path, drop: bool) -> None:
 
 
 def anonymous_memory(pid: int) -> int:
-    """Bytes of memory that belong to a process alone, without mapped files; 0 where only the peak at the end is known."""
+    """Bytes of memory that belong to a process alone, without mapped files; 0 where only the peak is known."""
     if not LINUX:
         return 0
     try:
