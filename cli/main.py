@@ -2,9 +2,11 @@
 
 import io
 import os
+import signal
 import sys
+import threading
 from collections.abc import Sequence
-from typing import Annotated
+from typing import Annotated, NoReturn
 
 import typer
 
@@ -76,20 +78,43 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # a path may hold what the terminal cannot show
+    interrupts = _interrupt_on(signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
     try:
         app(expand_lists(sys.argv[1:] if arguments is None else arguments))
     except UpcycleError as error:
         output.error(str(error))
         sys.exit(1)
-    except SystemExit as stop:
-        if stop.code == 130:
-            output.error("interrupted; nothing that looks finished was left behind")
-        raise
+    except (SystemExit, KeyboardInterrupt) as stop:
+        if isinstance(stop, SystemExit) and stop.code != 130:
+            raise
+        _interrupted()
     except Exception as error:  # a bug of ours, or input that no check foresaw: one message all the same
+        if interrupts:  # an import that a signal cut short raises something of its own
+            _interrupted()
         if os.environ.get("UPCYCLE_DEBUG"):
             raise
         output.error(f"unexpected {type(error).__name__}: {error}\nSet UPCYCLE_DEBUG=1 to see where, and report it.")
         sys.exit(1)
+
+
+def _interrupt_on(*signals: signal.Signals) -> list[int]:
+    """Let these signals end the work as Ctrl-C does, cleaning up; the list returned fills with those that came."""
+    came: list[int] = []
+
+    def interrupt(number: int, _: object) -> None:
+        came.append(number)
+        raise KeyboardInterrupt
+
+    if threading.current_thread() is threading.main_thread():
+        for number in signals:
+            if signal.getsignal(number) != signal.SIG_IGN:  # nohup and background shells ask to be left alone
+                signal.signal(number, interrupt)
+    return came
+
+
+def _interrupted() -> NoReturn:
+    output.error("interrupted; nothing that looks finished was left behind")
+    sys.exit(130)
 
 
 if __name__ == "__main__":

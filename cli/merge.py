@@ -115,9 +115,9 @@ def run(plan: "MergePlan", out: Path, max_shard_size: int, overwrite: bool, as_j
     from upcycle.merge import merge
     from upcycle.scaling import DEFAULT_CONTEXT, plan_cost
 
+    cost, _ = plan_cost(plan, max_shard_size, DEFAULT_CONTEXT)
     with output.byte_progress(f"{plan.recipe.name} → {out}", plan.nbytes) as progress:
         result = merge(plan, out, max_shard_size=max_shard_size, overwrite=overwrite, progress=progress)
-    cost, _ = plan_cost(plan, max_shard_size, DEFAULT_CONTEXT)
     if as_json:
         output.data_object({**output.result_object(plan, out, result.bytes_written, result.seconds), **asdict(cost)})
         return

@@ -1,6 +1,7 @@
 """The only printer: results on stdout, everything else on stderr, progress on a terminal alone."""
 
 import json
+import os
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -16,14 +17,14 @@ MAX_MESSAGE = 2000  # characters: a name in a message may come from a damaged fi
 
 
 def error(message: str) -> None:
-    """What failed, on stderr."""
-    from rich.console import Console
-    from rich.text import Text
-
+    """What failed, on stderr; names from damaged files must not steer the terminal."""
+    if sys.stderr is None:
+        return
+    message = "".join(char if char.isprintable() or char == "\n" else ascii(char)[1:-1] for char in message)
     if len(message) > MAX_MESSAGE:
         message = f"{message[:MAX_MESSAGE]}…"
-    # soft_wrap: a path or a command in a message must survive copying.
-    Console(stderr=True).print(Text.assemble(("error: ", "bold red"), message), soft_wrap=True)
+    color = sys.stderr.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
+    sys.stderr.write(("\x1b[1;31merror:\x1b[0m " if color else "error: ") + message + "\n")
 
 
 def data_line(line: str) -> None:
@@ -33,7 +34,7 @@ def data_line(line: str) -> None:
 
 def data_object(value: Mapping[str, Any]) -> None:
     """The one object that `--json` prints, on stdout."""
-    data_line(json.dumps(value, indent=2, ensure_ascii=False))
+    data_line(json.dumps(value, indent=2))
 
 
 def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
@@ -73,7 +74,7 @@ def byte_progress(label: str, total: int) -> Iterator[Callable[[int], None]]:
 
     console = Console(stderr=True)
     columns = (
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(),
         DownloadColumn(),
         TransferSpeedColumn(),
@@ -125,10 +126,11 @@ def cost_table(title: str, cost: "Cost", dense: "Cost | None", context: int) -> 
 def loading_lines(out: Path, remote_code: bool) -> list[str]:
     """The exact lines of Python that load a result."""
     trust = ", trust_remote_code=True" if remote_code else ""
+    path = json.dumps(str(out))  # quoted as Python reads it, too
     return [
         "from transformers import AutoModelForCausalLM, AutoTokenizer",
-        f'model = AutoModelForCausalLM.from_pretrained("{out}"{trust})',
-        f'tokenizer = AutoTokenizer.from_pretrained("{out}"{trust})',
+        f"model = AutoModelForCausalLM.from_pretrained({path}{trust})",
+        f"tokenizer = AutoTokenizer.from_pretrained({path}{trust})",
     ]
 
 

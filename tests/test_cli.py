@@ -149,6 +149,22 @@ def test_generate_continues_a_text(seeds, tmp_path):
     assert result.stderr == ""
 
 
+def test_a_damaged_mixture_says_nothing_made_up(seeds, tmp_path):
+    from tests.test_seeds import edit_weights
+
+    run_cli("merge", "--seeds", *seeds, "--recipe", "bam", "--out", "m", cwd=tmp_path)
+    edit_weights(tmp_path / "m", lambda state: state.pop("dense.model.layers.0.mlp.router.weight"))
+    result = run_cli("generate", "m", "word5", cwd=tmp_path)
+    assert (result.returncode, result.stdout) == (1, "")
+    assert "mlp.router.weight" in result.stderr
+
+
+def test_a_message_cannot_steer_the_terminal(tmp_path):
+    result = run_cli("inspect", "a\x1b[2Jb" + "x" * 300, cwd=tmp_path)
+    assert result.returncode == 1
+    assert "\x1b" not in result.stderr
+
+
 def test_help_is_quick_and_imports_neither_torch_nor_transformers():
     script = (
         "import sys\nfrom upcycle.cli.main import main\ntry:\n    main(['--help'])\nexcept SystemExit:\n    pass\n"

@@ -295,7 +295,8 @@ def test_provenance_says_what_was_made_from_what(seeds, tmp_path):
 def test_a_full_disk_is_found_before_and_while_writing(seeds, tmp_path, monkeypatch):
     plan = make_plan(seeds)
     monkeypatch.setattr(merging, "free_bytes", lambda folder: 1000)
-    with pytest.raises(OutputError, match=rf"needs {plan.nbytes + merging.MARGIN:,} bytes, but only 1,000"):
+    needed = plan.nbytes + sum(file.stat().st_size for file in plan.copied.values()) + merging.MARGIN
+    with pytest.raises(OutputError, match=rf"needs {needed:,} bytes, but only 1,000"):
         merge(plan, tmp_path / "out")
     monkeypatch.undo()
     real, calls = os.pwrite, []
@@ -312,6 +313,18 @@ def test_a_full_disk_is_found_before_and_while_writing(seeds, tmp_path, monkeypa
     assert {path.name for path in tmp_path.iterdir()} == {"code", "law", "math"}
 
 
+def test_what_appears_at_the_output_meanwhile_is_kept(seeds, tmp_path):
+    def appear(_):
+        (tmp_path / "out").mkdir(exist_ok=True)
+        (tmp_path / "out" / "thesis.txt").write_text("years of work")
+
+    for overwrite in (False, True):
+        with pytest.raises(OutputError, match=r"thesis\.txt"):
+            merge(make_plan(seeds), tmp_path / "out", overwrite=overwrite, progress=appear)
+        assert [path.name for path in (tmp_path / "out").iterdir()] == ["thesis.txt"]
+        shutil.rmtree(tmp_path / "out")
+
+
 def test_a_failed_overwrite_keeps_the_former_result(seeds, tmp_path):
     from tests.test_seeds import edit_weights, set_nan
 
@@ -323,11 +336,12 @@ def test_a_failed_overwrite_keeps_the_former_result(seeds, tmp_path):
     assert digests(tmp_path / "out") == before
 
 
-@pytest.mark.parametrize("which", [signal.SIGINT, signal.SIGKILL])
+@pytest.mark.parametrize("which", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
 def test_a_stopped_merge_leaves_nothing_that_looks_finished(which, seeds, tmp_path):
     """Stopped in the middle by a slow write; afterwards a plain second run ends with the same bytes."""
     script = (
-        "import os, time\nreal = os.pwrite\n"
+        "import os, signal, time\nreal = os.pwrite\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # a test run in the background ignores it
         "def slow(*a):\n    os.write(1, b'writing\\n'); time.sleep(0.3); return real(*a)\n"
         "os.pwrite = slow\nfrom upcycle.cli.main import main\n"
         "main(['merge', '--seeds', 'code', 'law', 'math', '--recipe', 'bam', '--out', 'out'])\n"
@@ -339,7 +353,7 @@ def test_a_stopped_merge_leaves_nothing_that_looks_finished(which, seeds, tmp_pa
     process.send_signal(which)
     _, stderr = process.communicate(timeout=30)
     assert not (tmp_path / "out").exists()
-    if which == signal.SIGINT:
+    if which != signal.SIGKILL:
         assert process.returncode == 130
         assert b"interrupted" in stderr
         assert b"Traceback" not in stderr

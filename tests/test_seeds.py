@@ -205,6 +205,18 @@ def test_a_tokenizer_that_only_looks_different_is_taken(seeds):
     read_seeds([str(seed) for seed in seeds])
 
 
+def test_a_tokenizer_is_never_lost_silently(seeds):
+    (seeds[1] / "tokenizer.json").unlink()
+    (seeds[1] / "tokenizer.json").symlink_to("nowhere")
+    with pytest.raises(SeedError, match=r"'law'.*link to nothing"):
+        read_seeds([str(path) for path in seeds])
+    (seeds[1] / "tokenizer.json").unlink()
+    read_seeds([str(path) for path in seeds])
+    (seeds[0] / "tokenizer.json").unlink()
+    with pytest.raises(SeedError, match="'code' has no tokenizer"):
+        read_seeds([str(path) for path in seeds])
+
+
 def test_a_name_is_the_last_component_as_written(seeds, tmp_path):
     (tmp_path / "links").mkdir()
     (tmp_path / "links" / "poetry").symlink_to(seeds[0])

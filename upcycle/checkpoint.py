@@ -4,7 +4,7 @@ import fcntl
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from math import prod
@@ -48,7 +48,8 @@ ITEM_SIZE: Final[Mapping[str, int]] = {
 MAX_SHARD_SIZE: Final = 5_000_000_000  # bytes of weights in one output file, unless told otherwise
 MAX_HEADER: Final = 25_000_000  # real headers stay below 5 MB
 MAX_DIMENSIONS: Final = 8
-MAX_JSON: Final = 25_000_000
+MAX_INDEX: Final = 25_000_000
+MAX_JSON: Final = 4_000_000  # a config.json or an upcycle.json
 
 
 @dataclass(frozen=True)
@@ -68,9 +69,9 @@ def read_json(path: Path, limit: int = MAX_JSON) -> dict[str, Any]:
     Raises:
         CheckpointError: the file is missing, no plain file, too large, no UTF-8, no JSON or no object.
     """
-    if path.exists() and not path.is_file():
-        raise CheckpointError(f"{path} is no plain file; expected a JSON file")
     try:
+        if path.exists() and not path.is_file():
+            raise CheckpointError(f"{path} is no plain file; expected a JSON file")
         if path.stat().st_size > limit:
             raise CheckpointError(f"{path}: {path.stat().st_size} bytes, expected at most {limit}")
         value = json.loads(path.read_bytes())
@@ -93,7 +94,7 @@ def read_tensors(folder: Path) -> dict[str, TensorInfo]:
         return read_header(folder / WEIGHTS)
     if not (folder / INDEX).is_file():
         raise CheckpointError(_no_weights(folder))
-    weight_map = read_json(folder / INDEX).get("weight_map")
+    weight_map = read_json(folder / INDEX, MAX_INDEX).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(f"{folder / INDEX}: 'weight_map' is missing or empty")
     tensors: dict[str, TensorInfo] = {}
@@ -117,9 +118,9 @@ def read_header(file: Path) -> dict[str, TensorInfo]:
     Raises:
         CheckpointError: the file and what was expected of and found in it.
     """
-    if file.exists() and not file.is_file():
-        raise CheckpointError(f"{file} is no plain file; expected a safetensors file")
     try:
+        if file.exists() and not file.is_file():
+            raise CheckpointError(f"{file} is no plain file; expected a safetensors file")
         with file.open("rb") as handle:
             size = os.fstat(handle.fileno()).st_size
             length = int.from_bytes(handle.read(8), "little")
@@ -166,7 +167,7 @@ def _tensor_info(file: Path, name: str, entry: Any, base: int) -> TensorInfo:
         whole = False
     if not whole:
         raise CheckpointError(f"{file}: the header's entry for '{name}' is damaged")
-    if dtype not in ITEM_SIZE:
+    if not isinstance(dtype, str) or dtype not in ITEM_SIZE:
         raise CheckpointError(
             f"{file}: '{name}' has dtype {dtype!r}, which is not known; known: {', '.join(ITEM_SIZE)}"
         )
@@ -255,6 +256,10 @@ def check_target(out: Path, overwrite: bool, sources: Sequence[Path]) -> None:
 
 def _check_target(out: Path, overwrite: bool, sources: Sequence[Path]) -> None:
     target = out.resolve()
+    if target == Path.cwd() or os.path.ismount(target):
+        raise OutputError(
+            f"output {out} is the working folder or a mount point, which cannot be replaced; name a folder in it"
+        )
     for source in sources:
         if target == source.resolve() or source.resolve() in target.parents or target in source.resolve().parents:
             raise OutputError(f"output {out} and input {source} lie within one another; choose another --out")
@@ -274,8 +279,10 @@ def _check_target(out: Path, overwrite: bool, sources: Sequence[Path]) -> None:
 
 
 @contextmanager
-def staging(out: Path) -> Iterator[Path]:
+def staging(out: Path, check: Callable[[], None] = lambda: None) -> Iterator[Path]:
     """A folder beside `out` to write into, renamed to `out` when the block ends well and removed when it does not.
+
+    `check` runs once more just before the renaming: somebody may have put something at `out` meanwhile.
 
     Raises:
         OutputError: the folder cannot be made, or another process is writing it.
@@ -301,6 +308,7 @@ def staging(out: Path) -> Iterator[Path]:
             shutil.rmtree(stale) if stale.is_dir() else stale.unlink()
         yield partial
         os.fsync(lock)
+        check()
         _replace(partial, out)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
@@ -316,7 +324,7 @@ def _replace(partial: Path, out: Path) -> None:
         out.rename(old)
     try:
         partial.rename(out)
-    except OSError:
+    except BaseException:
         _restore(out)
         raise
     shutil.rmtree(old, ignore_errors=True)

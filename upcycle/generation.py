@@ -4,6 +4,7 @@ from pathlib import Path
 
 from upcycle.checkpoint import CONFIG, read_json
 from upcycle.errors import CheckpointError
+from upcycle.mixture import read_mixture
 from upcycle.seeds import VOCABULARIES
 
 
@@ -13,7 +14,8 @@ def continue_text(folder: Path, text: str, max_new_tokens: int) -> str:
     Raises:
         CheckpointError: no checkpoint or no tokenizer there, or one that this transformers cannot load.
     """
-    read_json(folder / CONFIG)
+    if read_json(folder / CONFIG).get("model_type") == "bam":
+        read_mixture(folder)  # transformers would fill a missing tensor with noise and go on
     if not any((folder / name).is_file() for name in VOCABULARIES):
         raise CheckpointError(f"{folder} holds no tokenizer file ({', '.join(VOCABULARIES)}), so no text can be read")
     import torch
@@ -28,11 +30,11 @@ def continue_text(folder: Path, text: str, max_new_tokens: int) -> str:
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
         model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", trust_remote_code=False)
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        inputs = tokenizer(text, return_tensors="pt").to(device)
+        if not inputs["input_ids"].numel():
+            raise CheckpointError("the text has no tokens; give at least one word to continue")
+        ids = model.to(device).generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
+        return str(tokenizer.decode(ids[0], skip_special_tokens=True))
     except Exception as error:  # transformers raises whatever it meets in a damaged file
-        raise CheckpointError(f"{folder} cannot be loaded by transformers: {error!r}") from error
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    inputs = tokenizer(text, return_tensors="pt").to(device)
-    if not inputs["input_ids"].numel():
-        raise CheckpointError(f"{folder}: the text has no tokens; give at least one word to continue")
-    ids = model.to(device).generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
-    return str(tokenizer.decode(ids[0], skip_special_tokens=True))
+        raise CheckpointError(f"{folder}: no text can be generated: {error}") from error

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from upcycle.checkpoint import CONFIG, read_json, read_tensors
 from upcycle.dense_config import DenseModel, read_dense
-from upcycle.errors import RecipeError
+from upcycle.errors import CheckpointError, RecipeError
 from upcycle.layout import make_layout
 from upcycle.mixture import read_mixture
 from upcycle.numeric import TORCH_NAMES
@@ -43,6 +43,8 @@ def inspect_checkpoint(folder: Path) -> Inspection:
     else:
         layout = make_layout(read_dense(config, str(folder)), DENSE, 1)
         tensors, recipe, experts = read_tensors(folder), DENSE, []
+    if not tensors:
+        raise CheckpointError(f"{folder} holds no tensors")
     files = sum({info.file: info.file.stat().st_size for info in tensors.values()}.values())
     dtype = max(
         (sum(i.nbytes for i in tensors.values() if i.dtype == kind), kind)

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from math import prod
 from pathlib import Path
 from typing import Final
@@ -81,22 +82,24 @@ def merge(
         CheckpointError: a source file became shorter or cannot be read.
     """
     began = time.monotonic()
-    check_target(out, overwrite, [source.folder for source in plan.sources])
-    free, needed = free_bytes(out.resolve().parent), plan.nbytes + MARGIN
+    check = partial(check_target, out, overwrite, [source.folder for source in plan.sources])
+    check()
+    copied = sum(file.stat().st_size for file in plan.copied.values())
+    free, needed = free_bytes(out.resolve().parent), plan.nbytes + copied + MARGIN
     if free < needed:
         raise OutputError(f"output {out} needs {needed:,} bytes, but only {free:,} are free on that disk")
     shards = plan_shards([(tensor.name, tensor.dtype, tensor.shape) for tensor in plan.tensors], max_shard_size)
     try:
-        with staging(out) as partial:
-            _write_weights(plan, partial, shards, progress or (lambda _: None))
+        with staging(out, check) as folder:
+            _write_weights(plan, folder, shards, progress or (lambda _: None))
             for name, source in plan.copied.items():
-                shutil.copyfile(source, partial / name)
+                shutil.copyfile(source, folder / name)
             if plan.tokenizer_config is not None:
-                write_json(partial / TOKENIZER_CONFIG, plan.tokenizer_config)
+                write_json(folder / TOKENIZER_CONFIG, plan.tokenizer_config)
             if len(shards) > 1:
-                write_json(partial / INDEX, index_json(shards))
-            write_json(partial / PROVENANCE, {**plan.provenance, "plan": plan.digest()})
-            write_json(partial / CONFIG, plan.config)
+                write_json(folder / INDEX, index_json(shards))
+            write_json(folder / PROVENANCE, {**plan.provenance, "plan": plan.digest()})
+            write_json(folder / CONFIG, plan.config)
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise OutputError(
@@ -303,7 +306,8 @@ def _mix(
         if total is None:
             total = values
         else:
-            total += values
+            with np.errstate(over="ignore"):  # what overflows is found and named by the cast
+                total += values
     assert total is not None
     if equal:
         total /= np.float32(len(sources))

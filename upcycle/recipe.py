@@ -175,7 +175,7 @@ def _read_table(name: str) -> dict[str, Any]:
         text = file.read_text(encoding="utf-8")
     try:
         return tomllib.loads(text)
-    except (tomllib.TOMLDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:
         raise RecipeError(f"recipe '{name}' is not valid TOML: {error}") from error
 
 
@@ -185,7 +185,7 @@ def _override(table: dict[str, Any], override: str) -> None:
         raise RecipeError(f"--set {override}: expected key=value, for example router.ffn.top_k=2")
     try:
         value = tomllib.loads(f"value = {text}")["value"]
-    except (tomllib.TOMLDecodeError, RecursionError):
+    except (ValueError, RecursionError):
         value = text  # a bare word is a string
     *path, last = key.split(".")
     for part in path:

@@ -13,7 +13,7 @@ from typing import Any, Final
 
 import numpy as np
 
-from upcycle.checkpoint import CONFIG, ITEM_SIZE, TensorInfo, read_json, read_tensors
+from upcycle.checkpoint import CONFIG, COPIED_FILES, ITEM_SIZE, TensorInfo, read_json, read_tensors
 from upcycle.dense_config import DenseModel, differences, read_dense
 from upcycle.errors import CheckpointError, SeedError
 from upcycle.numeric import FLOATS, to_float32
@@ -68,12 +68,12 @@ def _split_name(spec: str) -> tuple[str, str]:
     if len(spec) > MAX_SPEC or "\0" in spec:
         raise SeedError(f"seed '{spec[:40]}…' is no path: {len(spec)} characters, expected at most {MAX_SPEC}")
     name, equals, source = spec.partition("=")
-    if not equals or "/" in name or Path(spec).exists():
+    if not equals or "/" in name or os.path.exists(spec):
         name, source = "", spec
     if not source:
         raise SeedError(f"seed '{spec}' names no folder; expected path, repo, repo@revision or name=path")
     # The last component as written: what a link points to must not decide the result's bytes.
-    name = name or os.path.basename(os.path.abspath(source if Path(source).exists() else source.partition("@")[0]))
+    name = name or os.path.basename(os.path.abspath(source if os.path.exists(source) else source.partition("@")[0]))
     if not re.fullmatch(r"[\w.+-]*[A-Za-z_][\w.+-]*", name):
         raise SeedError(
             f"seed '{spec}': '{name}' is no name (letters, digits and ._+-, not a number); give one: NAME={source}"
@@ -87,6 +87,13 @@ def read_seed(name: str, source: str) -> Seed:
     Raises:
         SeedError: what is missing or wrong, and in which file.
     """
+    try:
+        return _read_seed(name, source)
+    except (OSError, CheckpointError) as error:
+        raise SeedError(f"seed '{name}': {error}") from error
+
+
+def _read_seed(name: str, source: str) -> Seed:
     folder, revision = Path(source), None
     if folder.is_file():
         raise SeedError(
@@ -97,10 +104,7 @@ def read_seed(name: str, source: str) -> Seed:
 
         folder, revision = download_seed(name, source)
     where = f"seed '{name}'"
-    try:
-        config, tensors = read_json(folder / CONFIG), read_tensors(folder)
-    except CheckpointError as error:
-        raise SeedError(f"{where}: {error}") from error
+    config, tensors = read_json(folder / CONFIG), read_tensors(folder)
     if config.get("quantization_config"):
         raise SeedError(
             f"{where}: its weights are quantized (config.json has quantization_config); give the full-precision one"
@@ -200,6 +204,18 @@ def _same_bytes(one: TensorInfo, other: TensorInfo) -> bool:
 
 def _check_same_tokens(seeds: Sequence[Seed]) -> None:
     """Refuse seeds whose tokens have different ids: their embeddings would be averaged row by mismatched row."""
+    for seed in seeds:
+        for file in (*COPIED_FILES, *VOCABULARIES):
+            if os.path.lexists(seed.folder / file) and not (seed.folder / file).is_file():
+                raise SeedError(
+                    f"{seed.where}: {file} is no plain file, or a link to nothing; its tokenizer is damaged"
+                )
+    having = [seed for seed in seeds if any((seed.folder / file).is_file() for file in VOCABULARIES)]
+    if having and having[0] is not seeds[0]:
+        raise SeedError(
+            f"{seeds[0].where} has no tokenizer, {having[0].where} has one; the result takes the first seed's, "
+            "so copy it there or name that seed first"
+        )
     for file in VOCABULARIES:
         holders = [seed for seed in seeds if (seed.folder / file).is_file()]
         if len(holders) < 2:
@@ -231,15 +247,18 @@ def _compare_tokens(first: Seed, seed: Seed, file: str, expected: Mapping[str, i
 
 
 def _file_hash(path: Path) -> str:
-    with path.open("rb") as handle:
-        return hashlib.file_digest(handle, "sha256").hexdigest()
+    try:
+        with path.open("rb") as handle:
+            return hashlib.file_digest(handle, "sha256").hexdigest()
+    except OSError as error:
+        raise SeedError(f"{path} cannot be read: {error.strerror}") from error
 
 
 def _token_ids(seed: Seed, file: str) -> dict[str, int]:
     try:
         table = read_json(seed.folder / file, MAX_TOKENIZER)
         if file == "vocab.json":
-            return table
+            return {token: int(index) for token, index in table.items()}
         vocabulary = table["model"]["vocab"]
         if isinstance(vocabulary, list):  # unigram: [token, score] in the order of ids
             vocabulary = {token: index for index, (token, _) in enumerate(vocabulary)}
