@@ -5,8 +5,8 @@ Run by hand:
     python benchmarks/merge.py --json merge.json
 
 Three Llama seeds of about 1 GB each in bf16 are written once to the `--work` folder. Then every command runs `--runs`
-times, one after another in turns, so that a busy machine slows all of them alike, and each ratio is the median of the
-ratios within a turn. Before every run its former output is removed, all is synced and, where the process may, the page
+times, in turns, so that a busy machine slows all of them alike; the order is drawn anew in each turn, and each ratio is
+the median of the ratios within a turn. Before every run its former output is removed, all is synced and, where the process may, the page
 cache is dropped. `cat` and the merge end with fsync; peers do not sync at all, which favours them.
 """
 
@@ -15,6 +15,7 @@ import importlib.util
 import json
 import os
 import platform
+import random
 import shlex
 import shutil
 import statistics
@@ -266,9 +267,9 @@ def mixturekit_words(given: str | None) -> list[str]:
 
 
 def race(commands: Sequence[Command], runs: int, work: Path, drop: bool) -> None:
-    """Run all commands in turns."""
+    """Run all commands in turns, each in another order: a run inherits memory and disk from the one before it."""
     for turn in range(runs):
-        for command in commands:
+        for command in random.Random(turn).sample(commands, len(commands)):
             measure(command, work / "log.txt", drop)
             print(f"{turn + 1}/{runs} {command.name}: {command.seconds[-1]:.2f} s", file=sys.stderr, flush=True)
 

@@ -170,34 +170,33 @@ def plan_merge(
     tensors = tuple(planner.tensor(tensor) for tensor in layout.mixture)
     unused = _check_complete(tensors, layout, len(seeds))
     is_bam = recipe.ffn_experts
-    names = planner.expert_names() if is_bam else []
     if is_bam:
-        config = bam_config(first.config, layout, recipe, names, main_dtype)
+        config = bam_config(first.config, layout, recipe, planner.expert_names(), main_dtype)
     else:
         config = dense_config(first.config, dtype)
-    provenance = {
-        "upcycle_version": __version__,
-        "format": "bam" if is_bam else "dense",
-        "recipe": recipe.resolved(),
-        "seeds": [
-            {
-                "name": seed.name,
-                "revision": seed.revision,
-                "fingerprint": fingerprint(seed, samples[index]),
-                "dropped": sorted({*dropped[index], *unused[index]}),
-            }
-            for index, seed in enumerate(seeds)
-        ],
-        "experts": names,
-        "random_seed": random_seed,
-    }
+    records = [
+        {
+            "name": seed.name,
+            "revision": seed.revision,
+            "fingerprint": fingerprint(seed, samples[index]),
+            "dropped": sorted({*dropped[index], *unused[index]}),
+        }
+        for index, seed in enumerate(seeds)
+    ]
     return MergePlan(
         format="bam" if is_bam else "dense",
         num_experts=experts if is_bam else 1,
         sources=tuple(SourceCheckpoint(seed.name, seed.folder, seed.tensors) for seed in seeds),
         tensors=tensors,
         config=config,
-        provenance=provenance,
+        provenance={
+            "upcycle_version": __version__,
+            "format": "bam" if is_bam else "dense",
+            "recipe": recipe.resolved(),
+            "seeds": records,
+            "experts": planner.expert_names() if is_bam else [],
+            "random_seed": random_seed,
+        },
         random_seed=random_seed,
         copied=copied_files(first.folder, with_code=is_bam),
         tokenizer_config=_plain_tokenizer_config(first) if is_bam else None,
