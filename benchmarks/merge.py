@@ -6,8 +6,8 @@ Run by hand:
 
 Three Llama seeds of about 1 GB each in bf16 are written once to the `--work` folder. Then every command runs `--runs`
 times, in turns, so that a busy machine slows all of them alike; the order is drawn anew in each turn, and each ratio is
-the median of the ratios within a turn. Before every run its former output is removed, all is synced and, where the process may, the page
-cache is dropped. `cat` and the merge end with fsync; peers do not sync at all, which favours them.
+the median of the ratios within a turn. Before every run its former output is removed, all is synced and, where the
+process may, the page cache is dropped. `cat` and the merge end with fsync; peers do not sync, which favours them.
 """
 
 import argparse

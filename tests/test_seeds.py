@@ -71,6 +71,12 @@ def older_rope(folder):
     edit_json(folder / "config.json", rope_parameters=..., rope_theta=250_000.0)
 
 
+def small_disk(folder):
+    """Python runs this module first, from its path: the disk has 1,000 bytes left."""
+    script = "import shutil\nshutil.disk_usage = lambda path: shutil._ntuple_diskusage(9000, 8000, 1000)\n"
+    (folder / "sitecustomize.py").write_text(script)
+
+
 # The rows of "What one bad seed does", and more: how seed `law` is damaged, and what the message must name.
 BAD = {
     "other hidden size": (
@@ -109,14 +115,19 @@ BAD = {
     "pickle only": (pickled, ["law", "pickle", "save_pretrained"]),
     "quantized": (lambda f: edit_json(f / "config.json", quantization_config={"bits": 4}), ["law", "quantiz"]),
     "no common ancestor": (unrelated, ["law", "code", "ancestor", "cosine", "--allow-unrelated"]),
+    "top-k above the number of experts": (lambda f: ["--set", "router.ffn.top_k=4"], ["top_k is 4", "only 3 experts"]),
+    "misspelt option": (lambda f: ["--set", "router.ffn.topk=2"], ["'topk'", "did you mean 'top_k'"]),
+    "disk full": (small_disk, ["bam-kv-shared-3x", "needs 67,", "only 1,000 are free"]),
 }
 
 
 @pytest.mark.parametrize("row", BAD)
 def test_one_bad_seed_is_refused(row, seeds, tmp_path):
+    """Damage is done to seed `law`; a list that it returns is added to the command."""
     damage, named = BAD[row]
-    damage(seeds[1])
-    result = run_cli("merge", "--seeds", *seeds, "--recipe", "bam-kv-shared", cwd=tmp_path)
+    more = damage(seeds[1])
+    command = ("merge", "--seeds", *seeds, "--recipe", "bam-kv-shared", *(more if isinstance(more, list) else ()))
+    result = run_cli(*command, cwd=tmp_path, PYTHONPATH=str(seeds[1]))
     assert result.returncode == 1
     assert result.stdout == ""
     assert "Traceback" not in result.stderr
@@ -130,8 +141,6 @@ def test_one_bad_seed_is_refused(row, seeds, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--recipe", "bam", "--set", "router.ffn.top_k=4"], "only 3 experts"),
-        (["--recipe", "bam", "--set", "router.ffn.topk=2"], "did you mean 'top_k'"),
         (["--recipe", "bma"], "did you mean 'bam'"),
         (["--recipe", "sparse-upcycling", "--num-experts", "4"], "copies one seed"),
         (["--recipe", "bam", "--num-experts", "4"], "--num-experts 4 with 3 seeds"),
