@@ -11,7 +11,7 @@ import torch
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 from tests.test_modeling import RECIPES, mixture, tokens
-from tests.tiny import BY_NAME, CASES, VOCAB, Case, make_seeds
+from tests.tiny import BY_NAME, CASES, VOCAB, Case, make_seed, make_seeds
 from upcycle.merge import merge
 from upcycle.plan import plan_merge
 from upcycle.recipe import load_recipe
@@ -293,22 +293,18 @@ def test_router_losses_in_generation_and_with_kept_logits(made):
 
 @pytest.mark.parametrize("recipe", ["bam", "btx"])
 def test_long_positions_switch_as_in_the_family(recipe, tmp_path):
-    """Phi3's long rope: the cache is dropped where positions switch from short to long factors."""
-    longrope = {
-        "rope_type": "longrope",
-        "short_factor": [1.0] * 4,
-        "long_factor": [1.0, 2.0, 4.0, 8.0],
-        "rope_theta": 1e4,
-    }
+    """Phi3 drops the cache where its positions switch from short to long factors; identical seeds do the same."""
+    factors = {"short_factor": [1.0] * 4, "long_factor": [1.0, 2.0, 4.0, 8.0]}
+    longrope = {"rope_type": "longrope", "rope_theta": 1e4, **factors}
     case = Case("phi3-long", "phi3", {"rope_parameters": longrope, "original_max_position_embeddings": 16})
-    model = mixture(make_seeds(case, tmp_path), tmp_path / "out", recipe).eval()
-    x = tokens(1, 12)
+    seed = make_seed(case, tmp_path / "a", 0)
+    mixed = mixture([f"x={seed}", f"y={seed}"], tmp_path / "out", recipe, "router.ffn.normalize=true").eval()
+    dense = AutoModelForCausalLM.from_pretrained(seed, dtype=torch.float32).eval()
     options = {"max_new_tokens": 12, "do_sample": False, "eos_token_id": None}
-    out = model.generate(x, output_logits=True, return_dict_in_generate=True, **options)
-    for step, logits in enumerate(out.logits):
-        with torch.no_grad():
-            expected = model(out.sequences[:, : 12 + step], use_cache=False).logits[:, -1]
-        torch.testing.assert_close(logits, expected, atol=1e-4, rtol=0, msg=f"step {step}")
+    options |= {"output_logits": True, "return_dict_in_generate": True}
+    found, expected = mixed.generate(tokens(1, 12), **options), dense.generate(tokens(1, 12), **options)
+    for step, (one, other) in enumerate(zip(found.logits, expected.logits, strict=True)):
+        torch.testing.assert_close(one, other, atol=1e-5, rtol=0, msg=f"step {step}")
 
 
 def test_switches_of_the_config_are_heard(made):
