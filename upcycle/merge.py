@@ -345,8 +345,8 @@ def _write(descriptor: int, data: Array, offset: int) -> int:
         done += os.pwrite(descriptor, data[done:].data, offset + done)
     end = offset + done
     if offset // WRITE_BACK != end // WRITE_BACK and hasattr(os, "posix_fadvise"):
-        # Of the last bytes, those not yet on the disk set out for it, and those that are there leave the page cache. Left
-        # to itself the kernel fills the memory with output, then stalls whoever writes, and fsync finds much still to do.
+        # Start writing to the disk now, and let go of what is there. Left to itself the kernel fills the memory with
+        # output, then stalls whoever writes, and the final fsync finds everything still to do.
         start = max(0, end - 3 * WRITE_BACK)
         os.posix_fadvise(descriptor, start, end - start, os.POSIX_FADV_DONTNEED)
     return done
