@@ -174,15 +174,6 @@ def plan_merge(
         config = bam_config(first.config, layout, recipe, planner.expert_names(), main_dtype)
     else:
         config = dense_config(first.config, dtype)
-    records = [
-        {
-            "name": seed.name,
-            "revision": seed.revision,
-            "fingerprint": fingerprint(seed, samples[index]),
-            "dropped": sorted({*dropped[index], *unused[index]}),
-        }
-        for index, seed in enumerate(seeds)
-    ]
     return MergePlan(
         format="bam" if is_bam else "dense",
         num_experts=experts if is_bam else 1,
@@ -193,7 +184,7 @@ def plan_merge(
             "upcycle_version": __version__,
             "format": "bam" if is_bam else "dense",
             "recipe": recipe.resolved(),
-            "seeds": records,
+            "seeds": _seed_records(seeds, samples, dropped, unused),
             "experts": planner.expert_names() if is_bam else [],
             "random_seed": random_seed,
         },
@@ -203,6 +194,24 @@ def plan_merge(
         layout=layout,
         recipe=recipe,
     )
+
+
+def _seed_records(
+    seeds: Sequence[Seed],
+    samples: Sequence[Mapping[str, bytes]],
+    dropped: Sequence[Sequence[str]],
+    unused: Sequence[set[str]],
+) -> list[dict[str, Any]]:
+    """What `upcycle.json` says of each seed."""
+    return [
+        {
+            "name": seed.name,
+            "revision": seed.revision,
+            "fingerprint": fingerprint(seed, samples[index]),
+            "dropped": sorted({*dropped[index], *unused[index]}),
+        }
+        for index, seed in enumerate(seeds)
+    ]
 
 
 def _plain_tokenizer_config(seed: Seed) -> dict[str, Any] | None:
