@@ -13,10 +13,10 @@ import typer
 from upcycle.errors import UpcycleError
 from upcycle.version import __version__
 
-from . import demo, extract, generate, inspect, merge, output, plan, recipes
+from . import demo, extract, generate, inspect, merge, output, plan, recipes, train
 
 # Options that take every word up to the next one that begins with `-`.
-LIST_OPTIONS = ("--seeds", "--set")
+LIST_OPTIONS = ("--seeds", "--set", "--data", "--eval-data", "--mix")
 
 app = typer.Typer(
     name="upcycle",
@@ -29,6 +29,7 @@ app = typer.Typer(
 for function in (
     merge.merge,
     plan.plan,
+    train.train,
     recipes.recipes,
     inspect.inspect,
     extract.extract,

@@ -18,13 +18,22 @@ MAX_MESSAGE = 2000  # characters: a name in a message may come from a damaged fi
 
 def error(message: str) -> None:
     """What failed, on stderr; names from damaged files must not steer the terminal."""
+    _message("error:", "1;31", message)
+
+
+def warning(message: str) -> None:
+    """What the user should know of, on stderr; the work goes on."""
+    _message("warning:", "1;33", message)
+
+
+def _message(label: str, style: str, message: str) -> None:
     if sys.stderr is None:
         return
     message = "".join(char if char.isprintable() or char == "\n" else ascii(char)[1:-1] for char in message)
     if len(message) > MAX_MESSAGE:
         message = f"{message[:MAX_MESSAGE]}…"
     color = sys.stderr.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
-    sys.stderr.write(("\x1b[1;31merror:\x1b[0m " if color else "error: ") + message + "\n")
+    sys.stderr.write((f"\x1b[{style}m{label}\x1b[0m " if color else f"{label} ") + message + "\n")
 
 
 def data_line(line: str) -> None:

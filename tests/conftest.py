@@ -5,14 +5,22 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
 
+import upcycle
 from tests.tiny import BY_NAME, VOCAB, make_seed
+from upcycle.merge import merge
+from upcycle.plan import plan_merge
+from upcycle.recipe import load_recipe
+from upcycle.seeds import read_seeds
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
@@ -65,6 +73,16 @@ def run_cli(*arguments: object, cwd: Path | None = None, **environment: str) -> 
     command = [sys.executable, "-m", "upcycle", *map(str, arguments)]
     variables = {**os.environ, "NO_COLOR": "1", "COLUMNS": "200", **environment}
     return subprocess.run(command, capture_output=True, text=True, cwd=cwd, env=variables, timeout=120, check=False)
+
+
+def merge_and_load(
+    paths: Sequence[Path | str], out: Path, recipe: str, *overrides: str, dtype: torch.dtype = torch.float32
+) -> Any:
+    """Merge seeds, related or not, and load the mixture."""
+    upcycle.register()
+    plan = plan_merge(load_recipe(recipe, overrides), read_seeds([str(path) for path in paths]), allow_unrelated=True)
+    merge(plan, out)
+    return AutoModelForCausalLM.from_pretrained(out, dtype=dtype)
 
 
 def words(path: Path) -> dict[str, np.ndarray]:

@@ -7,11 +7,9 @@ from transformers import AutoModelForCausalLM
 
 import upcycle
 from tests import reference
+from tests.conftest import merge_and_load
 from tests.tiny import CASES, VOCAB, make_seed, make_seeds
-from upcycle.merge import merge
-from upcycle.plan import plan_merge
 from upcycle.recipe import load_recipe
-from upcycle.seeds import read_seeds
 
 upcycle.register()
 
@@ -24,15 +22,6 @@ GRID = [
 ]
 
 
-def mixture(paths, out, recipe, *overrides, dtype=torch.float32, **options):
-    """Merge with unrelated seeds allowed, and load."""
-    plan = plan_merge(
-        load_recipe(recipe, overrides), read_seeds([str(p) for p in paths]), allow_unrelated=True, **options
-    )
-    merge(plan, out)
-    return AutoModelForCausalLM.from_pretrained(out, dtype=dtype)
-
-
 def tokens(*shape, random_seed=0):
     return torch.randint(3, VOCAB, shape, generator=torch.Generator().manual_seed(random_seed))
 
@@ -41,7 +30,7 @@ def tokens(*shape, random_seed=0):
 def test_identical_seeds_give_the_dense_model(case, recipe, tmp_path):
     seed = make_seed(case, tmp_path / "a", 0)
     out = tmp_path / "out"
-    model = mixture([f"x={seed}", f"y={seed}", f"z={seed}"], out, recipe, "router.ffn.normalize=true").eval()
+    model = merge_and_load([f"x={seed}", f"y={seed}", f"z={seed}"], out, recipe, "router.ffn.normalize=true").eval()
     dense = AutoModelForCausalLM.from_pretrained(seed, dtype=torch.float32).eval()
     x = tokens(2, 20)
     with torch.no_grad():
@@ -56,7 +45,7 @@ def test_different_seeds_give_the_loop_over_experts(case, recipe, tmp_path):
     resolved = load_recipe(recipe)
     wide = {"attention_experts": resolved.attention_experts, "shared_key_value": resolved.shared_key_value}
     paths = make_seeds(case, tmp_path)
-    model = mixture(
+    model = merge_and_load(
         paths,
         tmp_path / "out",
         recipe,

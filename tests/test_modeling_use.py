@@ -10,7 +10,8 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
-from tests.test_modeling import RECIPES, mixture, tokens
+from tests.conftest import merge_and_load
+from tests.test_modeling import RECIPES, tokens
 from tests.tiny import BY_NAME, CASES, VOCAB, Case, make_seed, make_seeds
 from upcycle.merge import merge
 from upcycle.plan import plan_merge
@@ -31,7 +32,7 @@ def made(tmp_path):
 
     def make(name, recipe, *overrides, **options):
         paths = make_seeds(BY_NAME[name], tmp_path / name)
-        return mixture(paths, tmp_path / f"{name}-{recipe}", recipe, *overrides, **options).eval()
+        return merge_and_load(paths, tmp_path / f"{name}-{recipe}", recipe, *overrides, **options).eval()
 
     return make
 
@@ -298,7 +299,7 @@ def test_long_positions_switch_as_in_the_family(recipe, tmp_path):
     longrope = {"rope_type": "longrope", "rope_theta": 1e4, **factors}
     case = Case("phi3-long", "phi3", {"rope_parameters": longrope, "original_max_position_embeddings": 16})
     seed = make_seed(case, tmp_path / "a", 0)
-    mixed = mixture([f"x={seed}", f"y={seed}"], tmp_path / "out", recipe, "router.ffn.normalize=true").eval()
+    mixed = merge_and_load([f"x={seed}", f"y={seed}"], tmp_path / "out", recipe, "router.ffn.normalize=true").eval()
     dense = AutoModelForCausalLM.from_pretrained(seed, dtype=torch.float32).eval()
     options = {"max_new_tokens": 12, "do_sample": False, "eos_token_id": None}
     options |= {"output_logits": True, "return_dict_in_generate": True}

@@ -288,7 +288,7 @@ def staging(out: Path, check: Callable[[], None] = lambda: None) -> Iterator[Pat
         OutputError: the folder cannot be made, or another process is writing it.
     """
     out = out.resolve()
-    partial = out.parent / f".{out.name}.upcycle-partial"
+    partial = partial_folder(out)
     if partial.is_symlink():
         raise OutputError(f"{partial} is a link, and what it leads to is not emptied; remove it")
     try:
@@ -315,6 +315,11 @@ def staging(out: Path, check: Callable[[], None] = lambda: None) -> Iterator[Pat
         raise
     finally:
         os.close(lock)
+
+
+def partial_folder(out: Path) -> Path:
+    """Where the output of `out` is written until it is whole."""
+    return out.resolve().parent / f".{out.name}.upcycle-partial"
 
 
 def _replace(partial: Path, out: Path) -> None:

@@ -24,6 +24,14 @@ class OutputError(UpcycleError):
     """An output that cannot be written: it exists, the disk is full, permission is missing."""
 
 
+class DataError(UpcycleError):
+    """Training or evaluation data that cannot be read, or that does not fit the model."""
+
+
+class TrainingError(UpcycleError):
+    """A training that cannot start, go on or be resumed."""
+
+
 def did_you_mean(word: str, known: Iterable[str]) -> str:
     """Return `; did you mean 'x'?` with the nearest of `known`, or all of them when none is near."""
     known, word = sorted(known), word[:80]

@@ -276,6 +276,8 @@ class BamPreTrainedModel(PreTrainedModel):
 
     def _build(self, auto_class: Any) -> PreTrainedModel:
         config = self.config
+        # The choice of an experts implementation is the mixture's own: the seed's class knows none and refuses it.
+        config.dense_config._experts_implementation = None
         dense = auto_class.from_config(
             config.dense_config, dtype=torch.get_default_dtype(), attn_implementation=config._attn_implementation
         )

@@ -1,0 +1,346 @@
+"""Training: what it computes, that it can be repeated, broken off, resumed, and what it refuses."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer, MixtralConfig, MixtralForCausalLM
+
+from tests.conftest import merge_and_load, run_cli, write_tokenizer
+from tests.tiny import BY_NAME, VOCAB, edit_json, make_seed, make_seeds
+from upcycle.data import parse_shares
+from upcycle.errors import OutputError, TrainingError
+from upcycle.train import TrainingResult, train
+from upcycle.training_settings import TrainingOptions
+
+LENGTH = 16
+
+
+@pytest.fixture
+def mixture(tmp_path: Path) -> Path:
+    merge_and_load(make_seeds(BY_NAME["llama"], tmp_path / "seeds", dtype=torch.bfloat16), tmp_path / "mixture", "bam")
+    return tmp_path / "mixture"
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> dict[str, str]:
+    """Two domains whose tokens follow one another by a rule, so that there is something to learn."""
+    sources = {}
+    for name, step in (("code", 3), ("law", 7)):
+        random = np.random.default_rng(step)
+        tokens = (random.integers(VOCAB) + step * np.arange(3000)) % (VOCAB - 3) + 3
+        np.save(tmp_path / f"{name}.npy", tokens.astype(np.uint16))
+        sources[name] = str(tmp_path / f"{name}.npy")
+    return sources
+
+
+def options(model: Path, data: Mapping[str, str], out: Path, **changes: Any) -> TrainingOptions:
+    values: dict[str, Any] = {
+        "steps": 6,
+        "shares": parse_shares([], data),
+        "sequence_length": LENGTH,
+        "batch_size": 4,
+        "learning_rate": 1e-2,
+        "save_every": 2,
+        **changes,
+    }
+    return TrainingOptions(model=model, data=data, out=out, **values)
+
+
+def run(model: Path, data: Mapping[str, str], out: Path, **changes: Any) -> TrainingResult:
+    return train(options(model, data, out, **changes))
+
+
+def arguments(model: Path, data: Mapping[str, str], out: Path, *more: object) -> list[str]:
+    sources = [f"{name}={file}" for name, file in data.items()]
+    sizes = ("--sequence-length", LENGTH, "--batch-size", 4, "--learning-rate", 1e-2)
+    return [*map(str, ("train", model, "--data", *sources, "--out", out, *sizes, *more))]
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "model.safetensors")
+
+
+def state(folder: Path, step: int) -> dict[str, torch.Tensor]:
+    """The weights in fp32 after a step."""
+    file = folder / "checkpoints" / f"step-{step:06d}" / "training_state" / "state.pt"
+    loaded: dict[str, torch.Tensor] = torch.load(file, weights_only=True)["model"]
+    return loaded
+
+
+def same(one: Mapping[str, torch.Tensor], other: Mapping[str, torch.Tensor]) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+def metrics(folder: Path, key: str = "nll") -> list[Any]:
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [line[key] for line in lines if key in line]
+
+
+def test_training_lowers_the_loss_and_the_result_loads_like_the_mixture(
+    mixture: Path, data: dict[str, str], tmp_path: Path
+) -> None:
+    result = run(mixture, data, tmp_path / "out", steps=40, heldout=data, eval_windows=8)
+    assert result.finished
+    assert result.tokens == 40 * 4 * LENGTH
+    assert all(result.heldout[name] < result.first_heldout[name] - 1 for name in data)
+    before, after = weights(mixture), weights(tmp_path / "out")
+    assert {name: (t.dtype, t.shape) for name, t in before.items()} == {n: (t.dtype, t.shape) for n, t in after.items()}
+    assert all(not torch.equal(before[name], after[name]) for name in before if "norm" not in name)
+    for name in ("config.json", "upcycle.json", "modeling_bam.py"):
+        assert (tmp_path / "out" / name).read_bytes() == (mixture / name).read_bytes()
+    load = "from transformers import AutoModelForCausalLM as M; M.from_pretrained('out', trust_remote_code=True)"
+    subprocess.run([sys.executable, "-c", load], check=True, capture_output=True, cwd=tmp_path)
+    assert len(list((tmp_path / "out" / "checkpoints").iterdir())) == 2
+    assert not (tmp_path / "out" / "tokens").exists()
+
+
+def test_the_first_step_is_adamw_on_the_gradient_of_the_loss(
+    mixture: Path, data: dict[str, str], tmp_path: Path
+) -> None:
+    """One step without clipping or decay, from the model's own loss: micro-batches and sums change nothing."""
+    plain = {"steps": 1, "weight_decay": 0.0, "max_grad_norm": 1e9, "warm_up": 0}
+    run(mixture, data, tmp_path / "out", **plain)
+    model = AutoModelForCausalLM.from_pretrained(mixture, dtype=torch.float32)
+    from upcycle.data import Domain
+    from upcycle.stream import TokenStream
+
+    domains = [Domain(name, file, np.load(file), None, None) for name, file in data.items()]
+    batch = TokenStream(domains, parse_shares([], data), LENGTH, 4, 0).next_batch()
+    tokens = torch.from_numpy(batch.tokens)
+    outputs = model(input_ids=tokens[:, :-1], output_router_logits=True)
+    nll = torch.nn.functional.cross_entropy(outputs.logits.flatten(0, 1), tokens[:, 1:].flatten())
+    (nll + 0.01 * outputs.load_balance_loss + 0.001 * outputs.z_loss).backward()
+    assert metrics(tmp_path / "out") == [pytest.approx(nll.item(), rel=1e-6)]
+    trained = state(tmp_path / "out", 1)
+    for name, parameter in model.named_parameters():
+        # AdamW's first step moves each weight by the rate, against its gradient's sign.
+        expected = parameter - 1e-2 * parameter.grad / (parameter.grad.abs() + 1e-8)
+        sure = parameter.grad.abs() > 1e-6
+        torch.testing.assert_close(trained[name][sure], expected[sure].detach(), atol=1e-4, rtol=0, msg=name)
+
+
+def test_accumulation_is_one_large_batch_for_a_dense_model(data: dict[str, str], tmp_path: Path) -> None:
+    seed = make_seed(BY_NAME["llama"], tmp_path / "seed", 0, torch.bfloat16)
+    run(seed, data, tmp_path / "whole", steps=3)
+    run(seed, data, tmp_path / "parts", steps=3, micro_batch_size=1)
+    assert metrics(tmp_path / "parts") == pytest.approx(metrics(tmp_path / "whole"), rel=1e-5)
+    for name, value in state(tmp_path / "whole", 3).items():
+        torch.testing.assert_close(state(tmp_path / "parts", 3)[name], value, atol=2e-4, rtol=0)
+
+
+def test_the_same_random_seed_gives_the_same_weights_twice(mixture: Path, data: dict[str, str], tmp_path: Path) -> None:
+    for name, random_seed in (("a", 5), ("b", 5), ("c", 6)):
+        run(mixture, data, tmp_path / name, random_seed=random_seed)
+    assert same(state(tmp_path / "a", 6), state(tmp_path / "b", 6))
+    assert not same(state(tmp_path / "a", 6), state(tmp_path / "c", 6))
+
+
+def test_stopped_and_resumed_is_straight(mixture: Path, data: dict[str, str], tmp_path: Path) -> None:
+    run(mixture, data, tmp_path / "straight", steps=6)
+    asked = iter([False, False, True])
+    stopped = train(options(mixture, data, tmp_path / "broken"), stop=lambda: next(asked))
+    assert (stopped.finished, stopped.steps) == (False, 3)
+    assert not (tmp_path / "broken" / "config.json").exists()
+    resumed = run(mixture, data, tmp_path / "broken", resume=True)
+    assert resumed.finished
+    assert same(state(tmp_path / "broken", 6), state(tmp_path / "straight", 6))
+    assert same(weights(tmp_path / "broken"), weights(tmp_path / "straight"))
+    assert metrics(tmp_path / "broken") == metrics(tmp_path / "straight")
+
+
+def test_killed_and_resumed_is_straight_bit_for_bit(mixture: Path, data: dict[str, str], tmp_path: Path) -> None:
+    """60 steps = 30 steps, kill -9 somewhere after, and the rest."""
+    more = ("--steps", 60, "--save-every", 30)
+    assert run_cli(*arguments(mixture, data, tmp_path / "straight", *more)).returncode == 0
+    command = arguments(mixture, data, tmp_path / "killed", *more)
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen([sys.executable, "-m", "upcycle", *command], env=environment)
+    saved = tmp_path / "killed" / "checkpoints" / "step-000030"
+    while not saved.exists() and process.poll() is None:
+        time.sleep(0.005)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not (tmp_path / "killed" / "config.json").exists(), "the kill came too late to show anything"
+    result = run_cli(*command, "--resume", OMP_NUM_THREADS="1")
+    assert result.returncode == 0, result.stderr
+    assert same(state(tmp_path / "killed", 60), state(tmp_path / "straight", 60))
+    assert metrics(tmp_path / "killed") == metrics(tmp_path / "straight")
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 0), (signal.SIGINT, 130)])
+def test_signals_finish_the_step_and_save(
+    number: signal.Signals, code: int, mixture: Path, data: dict[str, str], tmp_path: Path
+) -> None:
+    command = [sys.executable, "-m", "upcycle", *arguments(mixture, data, tmp_path / "out", "--steps", 100_000)]
+    restore = lambda: signal.signal(signal.SIGINT, signal.default_int_handler)  # noqa: E731
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, preexec_fn=restore, text=True)
+    while len(metrics_so_far(tmp_path / "out")) < 3 and process.poll() is None:
+        time.sleep(0.01)
+    process.send_signal(number)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == code, errors
+    steps = metrics(tmp_path / "out", "nll")
+    assert [path.name for path in (tmp_path / "out" / "checkpoints").iterdir()] == [f"step-{len(steps):06d}"]
+
+
+def metrics_so_far(folder: Path) -> list[str]:
+    file = folder / "metrics.jsonl"
+    return file.read_text().splitlines() if file.exists() else []
+
+
+def test_what_is_not_trained_stays(mixture: Path, data: dict[str, str], tmp_path: Path) -> None:
+    before = AutoModelForCausalLM.from_pretrained(mixture, dtype=torch.float32).state_dict()
+
+    def changed(out: Path, **changes: Any) -> set[str]:
+        run(mixture, data, out, **changes)
+        after = weights(out)
+        return {name for name, value in after.items() if not torch.equal(value.float(), before[name])}
+
+    routers = {name for name in before if name.endswith("router.weight")}
+    assert changed(tmp_path / "routers", trained="routers") == routers
+    experts = changed(tmp_path / "experts", trained="experts")
+    assert routers < experts
+    assert not any("embed" in name or "lm_head" in name or "layernorm" in name for name in experts)
+    assert any("q_proj" in name for name in experts)
+    assert any("gate_up_proj" in name for name in experts)
+    assert changed(tmp_path / "first", trained="routers-then-all:6") == routers
+    assert len(changed(tmp_path / "then", trained="routers-then-all:3")) > len(experts)
+
+
+def test_lora_is_merged_into_a_plain_checkpoint(mixture: Path, data: dict[str, str], tmp_path: Path) -> None:
+    result = run(mixture, data, tmp_path / "out", lora=4, steps=20, heldout=data, eval_windows=8)
+    assert all(result.heldout[name] < result.first_heldout[name] - 0.1 for name in data)
+    before, after = weights(mixture), weights(tmp_path / "out")
+    assert before.keys() == after.keys()
+    frozen = {name for name in before if torch.equal(before[name], after[name])}
+    assert frozen == {name for name in before if "embed" in name or "norm" in name or "lm_head" in name}
+    stacked = next(name for name in before if name.endswith("gate_up_proj"))
+    change = (after[stacked].float() - before[stacked].float())[0]
+    values = torch.linalg.svdvals(change)
+    assert values[4] < 0.15 * values[0]  # rank 4, and what bf16 rounds
+    again = run(tmp_path / "out", data, tmp_path / "check", steps=1, heldout=data, eval_windows=8)
+    assert again.first_heldout == pytest.approx(result.heldout, abs=0.05)
+
+
+def test_a_native_mixture_is_written_back_in_its_published_names(data: dict[str, str], tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    config = MixtralConfig(
+        vocab_size=VOCAB,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        num_local_experts=4,
+    )
+    MixtralForCausalLM(config).to(torch.bfloat16).save_pretrained(tmp_path / "mixtral")
+    result = run(tmp_path / "mixtral", data, tmp_path / "out", steps=30, heldout=data, eval_windows=8)
+    assert all(result.heldout[name] < result.first_heldout[name] - 0.5 for name in data)
+    assert weights(tmp_path / "out").keys() == weights(tmp_path / "mixtral").keys()
+    _, info = AutoModelForCausalLM.from_pretrained(tmp_path / "out", output_loading_info=True)
+    assert not info["missing_keys"]
+    assert not info["unexpected_keys"]
+    assert len(metrics(tmp_path / "out", "load_balance")[0]) == 2
+
+
+def test_a_nan_never_reaches_the_weights(mixture: Path, data: dict[str, str], tmp_path: Path) -> None:
+    damaged = weights(mixture)
+    name = next(name for name in damaged if name.endswith("down_proj"))
+    damaged[name][:] = float("nan")
+    save_file(damaged, mixture / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(TrainingError, match="the loss is nan, and so were the 4 steps before"):
+        run(mixture, data, tmp_path / "out", steps=40, save_every=4)
+    assert same(weights(tmp_path / "out" / "checkpoints" / "step-000004"), damaged) or all(
+        torch.equal(value, damaged[key])
+        for key, value in weights(tmp_path / "out" / "checkpoints" / "step-000004").items()
+        if key != name
+    )
+
+
+def test_chats_count_the_assistants_words(base_seed: Path, tmp_path: Path) -> None:
+    template = "{% for m in messages %} {{ m.content }}{% endfor %}"
+    edit_json(base_seed / "tokenizer_config.json", chat_template=template, eos_token="word2")
+    rows = [{"messages": [turn("user", "word5 word6"), turn("assistant", "word7 word8")]}] * 60
+    (tmp_path / "chat.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    events: list[Mapping[str, Any]] = []
+    chat = {"chat": str(tmp_path / "chat.jsonl")}
+    train(options(base_seed, chat, tmp_path / "out", steps=30, learning_rate=3e-2), events.append)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
+    logits = model(torch.tensor([[5, 6, 7, 8, 2]])).logits[0].log_softmax(-1)
+    learned = [logits[place, token].item() for place, token in enumerate((6, 7, 8, 2))]
+    assert min(learned[1:]) > -0.7, learned  # the assistant's words and the end
+    assert learned[0] < -1.5, learned  # the user's are given, not learned
+    assert any("will be seen" in event["message"] for event in events if event["event"] == "warning")
+
+
+def turn(role: str, content: str) -> dict[str, str]:
+    return {"role": role, "content": content}
+
+
+def test_what_is_refused_before_the_first_step(mixture: Path, data: dict[str, str], tmp_path: Path) -> None:
+    seed = tmp_path / "seeds" / "a"
+    for model, message, changes in (
+        (mixture, "positions for 64 tokens", {"sequence_length": 65}),
+        (mixture, "no multiple", {"micro_batch_size": 3}),
+        (mixture, "expected all, experts, routers", {"trained": "router"}),
+        (seed, "neither experts nor routers", {"trained": "routers"}),
+        (mixture, "accelerate launch", {"shard": True}),
+        (mixture, "holds no training", {"resume": True}),
+        (mixture, "leave --train out", {"lora": 2, "trained": "experts"}),
+    ):
+        with pytest.raises(TrainingError, match=message):
+            run(model, data, tmp_path / "out", **changes)
+        assert not (tmp_path / "out" / "metrics.jsonl").exists()
+
+
+def test_former_output_is_safe(mixture: Path, data: dict[str, str], tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "thesis.txt").write_text("years of work")
+    with pytest.raises(OutputError, match=r"holds 'thesis\.txt', so it is never overwritten"):
+        run(mixture, data, out, overwrite=True)
+    (out / "thesis.txt").unlink()
+    run(mixture, data, out, steps=2)
+    with pytest.raises(OutputError, match=r"--resume goes on with it, --yes overwrites it"):
+        run(mixture, data, out, steps=2)
+    with pytest.raises(TrainingError, match=r"learning_rate was 0.01 in .* and is 0.5 now"):
+        run(mixture, data, out, steps=2, resume=True, learning_rate=0.5)
+    other = {**data, "law": data["code"]}
+    with pytest.raises(TrainingError, match="data_fingerprint was"):
+        run(mixture, other, out, steps=2, resume=True)
+    run(mixture, data, out, steps=3, overwrite=True)
+    assert len(metrics(out)) == 3
+
+
+def test_the_command_line(base_seed: Path, tmp_path: Path) -> None:
+    edit_json(base_seed / "tokenizer_config.json", eos_token="word2")
+    for name in ("code", "law"):
+        rows = [{"text": " ".join(f"word{(i * k) % 90}" for i in range(40))} for k in range(1, 30)]
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    files = ("--data", "code.jsonl", "law=law.jsonl", "--mix", "code=2", "law=1", "--eval-data", "code=code.jsonl")
+    sizes = ("--steps", 3, "--sequence-length", 16, "--out", "out")
+    done = run_cli("train", base_seed, *files, *sizes, "--json", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout)
+    assert (result["steps"], result["finished"], list(result["heldout"])) == (3, True, ["code"])
+    record = json.loads((tmp_path / "out" / "train.json").read_text())
+    assert record["settings"]["shares"] == {"code": pytest.approx(2 / 3), "law": pytest.approx(1 / 3)}
+    assert "step law" in record["reasons"]["learning_rate"]
+    shown = run_cli("train", base_seed, *files, *sizes, "--yes", cwd=tmp_path)
+    assert "before" in shown.stdout
+    twice = run_cli("train", base_seed, "--data", "a=x.jsonl", "a=y.jsonl", *sizes, cwd=tmp_path)
+    assert (twice.returncode, twice.stdout) == (1, "")
+    assert "'a' is named twice" in twice.stderr
+    assert AutoTokenizer.from_pretrained(tmp_path / "out").eos_token == "word2"
+    write_tokenizer(base_seed)

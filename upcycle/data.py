@@ -1,0 +1,416 @@
+"""Text and tokens for training: files and Hub datasets become one flat run of tokens a domain.
+
+Every document ends with the end-of-text token, and documents are packed one after another: sequences are cut from the
+run without padding or masks, so attention may cross from one document into the next, as in most pre-training.
+"""
+
+import glob
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO, Final
+
+import numpy as np
+
+from upcycle.checkpoint import read_json, write_json
+from upcycle.errors import DataError, did_you_mean
+from upcycle.numeric import Array
+
+SUFFIXES: Final = (".jsonl", ".parquet", ".txt", ".npy")
+BATCH_CHARACTERS: Final = 1_000_000  # tokenised at once
+SHUFFLE_BUFFER: Final = 1000  # documents of a streamed dataset among which the next one is drawn
+CHECKED: Final = 16_000_000  # tokens of a .npy file looked at in one piece
+
+
+@dataclass(frozen=True)
+class Domain:
+    """The tokens of one domain.
+
+    Attributes:
+        tokens: `[tokens]`, unsigned, mapped from disk.
+        counted: `[tokens]` bool: the tokens that the loss counts, or None for all.
+        documents: how many there are; for a `.npy` file None, since it does not say.
+    """
+
+    name: str
+    source: str
+    tokens: Array
+    counted: Array | None
+    documents: int | None
+
+
+@dataclass(frozen=True)
+class Document:
+    """A document and its place for messages: a text, or the turns of a chat."""
+
+    place: str
+    content: str | list[Any]
+
+
+def split_names(option: str, words: Sequence[str]) -> dict[str, str]:
+    """`name=source` by name; a source without a name is called by its file's name up to the first dot.
+
+    Raises:
+        DataError: no source, or a name that stands twice.
+    """
+    sources: dict[str, str] = {}
+    for word in words:
+        name, equals, source = word.partition("=")
+        if not equals or "/" in name or os.path.exists(word):
+            name, source = Path(word).name.partition(".")[0], word
+        if not name or not source:
+            raise DataError(f"{option} {word!r}: expected NAME=FILE, as in {option} code=code.jsonl")
+        if name in sources:
+            raise DataError(
+                f"{option}: the domain '{name}' is named twice, for {sources[name]} and {source}; give each a name of "
+                f"its own, or one pattern for both: {option} {name}='{name}*.jsonl'"
+            )
+        sources[name] = source
+    return sources
+
+
+def parse_shares(words: Sequence[str], domains: Iterable[str]) -> dict[str, float]:
+    """`--mix code=2 law=1` as shares that sum to 1; equal ones where nothing is given (arXiv:2408.08274).
+
+    Raises:
+        DataError: an unknown domain, one that is left out, a share that is no number of 0 or more.
+    """
+    names = list(domains)
+    weights = dict.fromkeys(names, 1.0)
+    if words:
+        weights = {}
+        for word in words:
+            name, _, value = word.partition("=")
+            if name not in names:
+                raise DataError(f"--mix {word}: there is no domain '{name}' in --data{did_you_mean(name, names)}")
+            if name in weights:
+                raise DataError(f"--mix: the domain '{name}' is named twice")
+            try:
+                weights[name] = float(value)
+            except ValueError:
+                weights[name] = -1
+            if not 0 <= weights[name] < float("inf"):
+                raise DataError(f"--mix {word}: expected a number of 0 or more, found {value!r}")
+        missing = [name for name in names if name not in weights]
+        if missing:
+            raise DataError(f"--mix leaves out the domain '{missing[0]}'; give it a share too, or {missing[0]}=0")
+    total = sum(weights.values())
+    if not total:
+        raise DataError("--mix: every share is 0, so there is nothing to train on")
+    return {name: weights[name] / total for name in names}
+
+
+def find_files(option: str, name: str, source: str) -> list[Path]:
+    """The files of a pattern, or none where `source` must be a Hub dataset.
+
+    Raises:
+        DataError: a pattern that matches nothing, a missing file, a kind of file that is not read.
+    """
+    if glob.has_magic(source) and not os.path.exists(source):
+        files = [Path(path) for path in sorted(glob.glob(source, recursive=True)) if os.path.isfile(path)]
+        if not files:
+            raise DataError(f"{option} {name}={source}: the pattern matches no file")
+    elif os.path.isfile(source):
+        files = [Path(source)]
+    elif os.path.isdir(source):
+        raise DataError(f"{option} {name}={source} is a folder; name its files, as in {name}='{source}/*.jsonl'")
+    elif Path(source).suffix in SUFFIXES or source.count("/") > 1 or source.startswith((".", "/", "~")):
+        raise DataError(f"{option} {name}={source}: there is no such file")
+    else:
+        return []
+    kinds = {file.suffix for file in files}
+    if len(kinds) > 1 or not kinds <= set(SUFFIXES):
+        raise DataError(
+            f"{option} {name}={source}: expected files of one kind ({', '.join(SUFFIXES)}), "
+            f"found {', '.join(sorted(kinds))}"
+        )
+    return files
+
+
+def read_documents(option: str, name: str, source: str, files: Sequence[Path], random_seed: int) -> Iterator[Document]:
+    """The documents of text files, or of a Hub dataset's split "train", streamed in a seeded order.
+
+    Raises:
+        DataError: a file, and the line in it, that cannot be read, or a dataset that cannot be had.
+    """
+    if not files:
+        yield from _hub_documents(option, name, source, random_seed)
+    for file in files:
+        if file.stat().st_size == 0:
+            raise DataError(f"{option} {name}: {file} is empty")
+        yield from {".jsonl": _json_lines, ".txt": _plain_text, ".parquet": _parquet_rows}[file.suffix](file)
+
+
+def _json_lines(file: Path) -> Iterator[Document]:
+    with file.open("rb") as lines:
+        for number, line in enumerate(lines, 1):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+            except (ValueError, RecursionError) as error:
+                raise DataError(
+                    f"{file}, line {number}: expected one JSON object a line, found {line[:40]!r} ({error})"
+                ) from error
+            yield _document(f"{file}, line {number}", row)
+
+
+def _plain_text(file: Path) -> Iterator[Document]:
+    data = file.read_bytes()
+    try:
+        text = data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        raise DataError(f"{file}, line {line}: no UTF-8 text ({error.reason}); is it a binary file?") from error
+    if "\0" in text:
+        raise DataError(f"{file}, line {text.count(chr(10), 0, text.index(chr(0))) + 1}: a zero byte; a binary file?")
+    yield Document(str(file), text)
+
+
+def _parquet_rows(file: Path) -> Iterator[Document]:
+    import datasets
+
+    try:
+        rows = datasets.load_dataset("parquet", data_files=str(file), split="train", streaming=True)
+        for number, row in enumerate(rows, 1):
+            yield _document(f"{file}, row {number}", row)
+    except DataError:
+        raise
+    except Exception as error:  # pyarrow and datasets raise what they meet in a damaged file
+        raise DataError(f"{file} cannot be read as parquet: {error}") from error
+
+
+def _hub_documents(option: str, name: str, source: str, random_seed: int) -> Iterator[Document]:
+    import datasets
+
+    try:
+        rows = datasets.load_dataset(source, split="train", streaming=True)
+        for number, row in enumerate(rows.shuffle(seed=random_seed, buffer_size=SHUFFLE_BUFFER), 1):
+            yield _document(f"dataset {source}, row {number}", row)
+    except DataError:
+        raise
+    except Exception as error:  # of the client, the network or the dataset
+        raise DataError(
+            f"{option} {name}={source} is no file, and cannot be had as a Hub dataset (split 'train'): {error}"
+        ) from error
+
+
+def _document(place: str, row: Any) -> Document:
+    if not isinstance(row, dict):
+        raise DataError(f"{place}: expected an object with 'text' or 'messages', found {type(row).__name__}")
+    for key, kind in (("text", str), ("messages", list)):
+        if isinstance(row.get(key), kind):
+            return Document(place, row[key])
+    columns = ", ".join(map(str, row)) or "nothing"
+    raise DataError(f"{place}: expected a column 'text' (a string) or 'messages' (a list), found {columns}")
+
+
+def encode_texts(documents: Sequence[Document], tokenizer: Any, end_of_text: int) -> list[list[int]]:
+    """Tokens of texts, each ended by `end_of_text`."""
+    texts = [document.content for document in documents]
+    encoded = tokenizer(texts, return_attention_mask=False, verbose=False)["input_ids"]
+    return [ids if ids and ids[-1] == end_of_text else [*ids, end_of_text] for ids in encoded]
+
+
+def encode_chat(document: Document, tokenizer: Any, end_of_text: int) -> tuple[list[int], list[bool]]:
+    """Tokens of a chat by the tokenizer's own template, and which of them are the assistant's.
+
+    An assistant's turn is what the template adds to the text before it (with the assistant's header, which the model is
+    given and need not learn), so any template serves.
+
+    Raises:
+        DataError: a chat that the template refuses, or one that it rewrites as it grows.
+    """
+    messages = document.content
+    assert isinstance(messages, list)
+    spans = []
+    try:
+        whole = tokenizer.apply_chat_template(messages, tokenize=False)
+        for turn, message in enumerate(messages):
+            if message["role"] != "assistant":
+                continue
+            before = tokenizer.apply_chat_template(messages[:turn], tokenize=False, add_generation_prompt=True)
+            after = tokenizer.apply_chat_template(messages[: turn + 1], tokenize=False)
+            if not whole.startswith(after) or not after.startswith(before):
+                raise DataError(
+                    f"{document.place}: the chat template rewrites earlier turns, so the assistant's words cannot be "
+                    f"told from the rest (turn {turn + 1}); give 'text' instead, or another template"
+                )
+            spans.append((len(before), len(after)))
+    except DataError:
+        raise
+    except Exception as error:  # a template may raise anything
+        raise DataError(f"{document.place}: the chat template refuses it: {error}") from error
+    if not spans:
+        raise DataError(f"{document.place}: no turn of the assistant, so there is nothing to learn")
+    encoded = tokenizer(whole, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+    counted = [any(start <= begin < end for start, end in spans) for begin, _ in encoded["offset_mapping"]]
+    ids = list(encoded["input_ids"])
+    return (ids, counted) if ids[-1] == end_of_text else ([*ids, end_of_text], [*counted, counted[-1]])
+
+
+def prepare_domain(
+    option: str,
+    name: str,
+    source: str,
+    folder: Path,
+    tokenizer: Any,
+    config: Mapping[str, Any],
+    *,
+    random_seed: int,
+    enough: int | None = None,
+    progress: Callable[[int], None] = lambda _: None,
+) -> Domain:
+    """Tokenise one domain into `folder`, or find it there from an earlier start of the same run.
+
+    Args:
+        folder: gets `NAME.tokens` (unsigned integers), `NAME.counted` for chats, and `NAME.json`, written last.
+        tokenizer: the model's, or None where it has none.
+        config: the (dense) model's, for `vocab_size` and, if the tokenizer names none, `eos_token_id`.
+        enough: of a Hub dataset, stop after so many tokens.
+        progress: called with the number of tokens added.
+
+    Raises:
+        DataError: data that cannot be read or that holds tokens outside the vocabulary, with file and line.
+    """
+    files = find_files(option, name, source)
+    if files and files[0].suffix == ".npy":
+        return _array_domain(option, name, source, files, config["vocab_size"])
+    record = folder / f"{name}.json"
+    if not record.is_file():
+        if tokenizer is None:
+            raise DataError(
+                f"{option} {name}={source}: the model has no tokenizer to read text with; put its tokenizer files "
+                "beside the weights, or give .npy tokens"
+            )
+        end_of_text = end_of_text_token(tokenizer, config)
+        folder.mkdir(parents=True, exist_ok=True)
+        documents = read_documents(option, name, source, files, random_seed)
+        written = _write_tokens(
+            folder / name, documents, tokenizer, end_of_text, config["vocab_size"], None if files else enough, progress
+        )
+        if not written["tokens"]:
+            raise DataError(f"{option} {name}={source} holds no text")
+        write_json(record, {"source": source, **written})
+    about = read_json(record)
+    tokens = np.memmap(folder / f"{name}.tokens", dtype=about["dtype"], mode="r")
+    counted = np.memmap(folder / f"{name}.counted", dtype=np.bool_, mode="r") if about["chat"] else None
+    return Domain(name, source, tokens, counted, about["documents"])
+
+
+def _write_tokens(
+    path: Path,
+    documents: Iterable[Document],
+    tokenizer: Any,
+    end_of_text: int,
+    vocab_size: int,
+    enough: int | None,
+    progress: Callable[[int], None],
+) -> dict[str, Any]:
+    dtype = np.dtype(np.uint16 if vocab_size <= 2**16 else np.uint32)
+    count = total = 0
+    chat: bool | None = None
+
+    def write(file: BinaryIO, marks: BinaryIO, batch: list[Document]) -> int:
+        if chat:
+            encoded = [encode_chat(document, tokenizer, end_of_text) for document in batch]
+            rows = [ids for ids, _ in encoded]
+            np.array([mark for _, counted in encoded for mark in counted], np.bool_).tofile(marks)
+        else:
+            rows = encode_texts(batch, tokenizer, end_of_text)
+        for document, ids in zip(batch, rows, strict=True):
+            if max(ids) >= vocab_size:
+                raise DataError(
+                    f"{document.place}: token {max(ids)} lies outside the model's vocabulary of {vocab_size}; the "
+                    "tokenizer beside the model is not the model's own"
+                )
+        np.concatenate([np.array(ids, dtype) for ids in rows]).tofile(file)
+        added = sum(map(len, rows))
+        progress(added)
+        return added
+
+    with open(f"{path}.tokens", "wb") as file, open(f"{path}.counted", "wb") as marks:
+        batch: list[Document] = []
+        size = 0
+        for document in documents:
+            is_chat = isinstance(document.content, list)
+            if chat is not None and is_chat != chat:
+                raise DataError(f"{document.place}: 'text' and 'messages' in one domain; split it into two")
+            chat = is_chat
+            count += 1
+            batch.append(document)
+            size += len(document.content) if not is_chat else 1000
+            if size >= BATCH_CHARACTERS:
+                total += write(file, marks, batch)
+                batch, size = [], 0
+                if enough is not None and total >= enough:
+                    break
+        if batch:
+            total += write(file, marks, batch)
+    if not chat:
+        os.unlink(f"{path}.counted")
+    return {"documents": count, "tokens": total, "dtype": dtype.name, "chat": bool(chat)}
+
+
+def _array_domain(option: str, name: str, source: str, files: Sequence[Path], vocab_size: int) -> Domain:
+    if len(files) > 1:
+        raise DataError(f"{option} {name}={source}: {len(files)} .npy files match, expected one")
+    return Domain(name, source, read_array(option, name, files[0], vocab_size).reshape(-1), None, None)
+
+
+def read_array(option: str, name: str, file: Path, vocab_size: int) -> Array:
+    """Tokens of a `.npy` file, flat or one row a window, mapped from disk; every one checked.
+
+    Raises:
+        DataError: no array of integers of one or two dimensions, an empty one, a token outside the vocabulary.
+    """
+    try:
+        array: Array = np.load(file, mmap_mode="r", allow_pickle=False)
+    except (OSError, ValueError, EOFError) as error:
+        raise DataError(f"{option} {name}: {file} cannot be read as a .npy array: {error}") from error
+    if not isinstance(array, np.ndarray) or array.dtype.kind not in "iu" or array.ndim not in (1, 2):
+        found = f"{array.dtype} {list(array.shape)}" if isinstance(array, np.ndarray) else type(array).__name__
+        raise DataError(f"{option} {name}: {file}: expected integers in one or two dimensions, found {found}")
+    if not array.size:
+        raise DataError(f"{option} {name}: {file} is empty")
+    flat = array.reshape(-1)
+    for start in range(0, flat.size, CHECKED):
+        part = flat[start : start + CHECKED]
+        wrong = np.flatnonzero((part < 0) | (part >= vocab_size))
+        if wrong.size:
+            at = start + int(wrong[0])
+            where = f"row {at // array.shape[1]}, column {at % array.shape[1]}" if array.ndim == 2 else f"position {at}"
+            raise DataError(
+                f"{option} {name}: {file}, {where}: token {flat[at]} lies outside the model's vocabulary of "
+                f"{vocab_size}; it was made with another tokenizer"
+            )
+    return array
+
+
+def fingerprint(domains: Iterable[Domain]) -> str:
+    """SHA-256 over names, sizes and tokens (of long runs the ends and a spread of pieces): the same data or not."""
+    digest = hashlib.sha256()
+    for domain in domains:
+        digest.update(f"{domain.name} {domain.tokens.size}".encode())
+        step = max(1, domain.tokens.size // 64)
+        for start in range(0, domain.tokens.size, step):
+            digest.update(np.ascontiguousarray(domain.tokens[start : start + min(step, 65_536)], np.uint32).tobytes())
+    return digest.hexdigest()
+
+
+def end_of_text_token(tokenizer: Any, config: Mapping[str, Any]) -> int:
+    """The id that ends a document: the tokenizer's end of sequence, or the config's.
+
+    Raises:
+        DataError: neither names one.
+    """
+    found = getattr(tokenizer, "eos_token_id", None)
+    if found is None:
+        found = config.get("eos_token_id")
+    found = found[0] if isinstance(found, (list, tuple)) and found else found
+    if not isinstance(found, int):
+        raise DataError("neither the tokenizer nor the config names an end-of-sequence token to put between documents")
+    return found

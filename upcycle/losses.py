@@ -1,0 +1,105 @@
+"""What a training minimises: NLL + sum over layers of (alpha * L_LB + beta * L_z) (arXiv:2408.08274), each term apart.
+
+Axes: B sequences, S positions, T tokens (B * S), L layers, N experts, V vocabulary.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from upcycle.modeling.modeling_bam import load_balance_loss, z_loss
+
+
+@dataclass(frozen=True)
+class RouterLosses:
+    """The routers' losses and what they did, one value a layer.
+
+    Attributes:
+        load_balance: `[L]`, L_LB of each FFN router.
+        z: `[L]`, L_z of each FFN router.
+        attention_z: `[L]`, L_z of each attention router; empty without attention experts.
+        load: `[L, N]`, the share of the selections that went to each expert; no gradient.
+        gates: `[L, N]`, the attention routers' mean gates; no gradient; empty without attention experts.
+        entropy: `[L]`, the mean entropy in nats of a token's FFN gates; no gradient.
+        attention_entropy: `[L]`, the same of its attention gates; empty without attention experts.
+    """
+
+    load_balance: torch.Tensor
+    z: torch.Tensor
+    attention_z: torch.Tensor
+    load: torch.Tensor
+    gates: torch.Tensor
+    entropy: torch.Tensor
+    attention_entropy: torch.Tensor
+
+    def total(self, alpha: float, beta: float) -> torch.Tensor:
+        """Sum over layers of alpha * L_LB + beta * L_z, attention routers included in the latter."""
+        return alpha * self.load_balance.sum() + beta * (self.z.sum() + self.attention_z.sum())
+
+
+def next_token_nll(logits: torch.Tensor, targets: torch.Tensor, counted: torch.Tensor | None = None) -> torch.Tensor:
+    """Sum of -log p(target) in nats, over the targets that are counted.
+
+    Args:
+        logits: `[B, S, V]`; summed in fp32 or better.
+        targets: int64 `[B, S]`, the token that follows each position.
+        counted: bool `[B, S]`, or None for all.
+    """
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    if counted is not None:
+        targets = targets.masked_fill(~counted, -100)
+    return torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum")
+
+
+def router_losses(
+    ffn: Sequence[torch.Tensor], attention: Sequence[torch.Tensor], top_k: int, device: torch.device
+) -> RouterLosses:
+    """The routers' losses from their logits `[T, N]`, one a layer, over the tokens of one forward."""
+    ffn, attention = [logits.to(device) for logits in ffn], [logits.to(device) for logits in attention]
+    nothing = ffn[0].new_zeros(0, dtype=torch.promote_types(ffn[0].dtype, torch.float32))
+    with torch.no_grad():
+        ffn_gates, gates = [_gates(logits) for logits in ffn], [_gates(logits) for logits in attention]
+        load = []
+        for gate in ffn_gates:
+            chosen = torch.bincount(gate.topk(top_k, dim=-1).indices.flatten(), minlength=gate.shape[-1])
+            load.append(chosen / chosen.sum())
+        entropy = [_entropy(gate) for gate in ffn_gates]
+    return RouterLosses(
+        load_balance=torch.stack([load_balance_loss(logits, top_k) for logits in ffn]),
+        z=torch.stack([z_loss(logits) for logits in ffn]),
+        attention_z=torch.stack([z_loss(logits) for logits in attention]) if attention else nothing,
+        load=torch.stack(load),
+        gates=torch.stack([gate.mean(0) for gate in gates]) if gates else nothing,
+        entropy=torch.stack(entropy),
+        attention_entropy=torch.stack([_entropy(gate) for gate in gates]) if gates else nothing,
+    )
+
+
+def _gates(logits: torch.Tensor) -> torch.Tensor:
+    return logits.softmax(-1, dtype=torch.promote_types(logits.dtype, torch.float32))
+
+
+def _entropy(gates: torch.Tensor) -> torch.Tensor:
+    entropy: torch.Tensor = torch.special.entr(gates).sum(-1).mean()
+    return entropy
+
+
+def forward_losses(
+    model: Any, tokens: torch.Tensor, counted: torch.Tensor | None, top_k: int | None
+) -> tuple[torch.Tensor, RouterLosses | None]:
+    """One forward over `tokens [B, S + 1]`: the NLL summed over counted targets, and the routers' losses.
+
+    Args:
+        model: a dense model, a BAM mixture or one of transformers' own mixtures.
+        counted: bool `[B, S]`, or None for all.
+        top_k: experts a token uses, or None for a dense model.
+    """
+    switches: Mapping[str, Any] = {} if top_k is None else {"output_router_logits": True}
+    outputs = model(input_ids=tokens[:, :-1], use_cache=False, **switches)
+    nll = next_token_nll(outputs.logits, tokens[:, 1:], counted)
+    if top_k is None:
+        return nll, None
+    attention = getattr(outputs, "attention_router_logits", None) or ()
+    return nll, router_losses(outputs.router_logits, attention, top_k, outputs.logits.device)

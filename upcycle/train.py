@@ -1,0 +1,518 @@
+"""The training of a mixture, or of a dense model: an own loop on `accelerate`, from one CPU to many GPUs.
+
+Order of a step: draw the batch (every process draws the whole one and takes its share), forward and backward in
+micro-batches, gather what was measured, ask the watchdog, update, log; evaluate and save when it is time.
+"""
+
+import contextlib
+import os
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from accelerate.utils import set_seed
+from torch.distributed.device_mesh import init_device_mesh
+
+from upcycle.checkpoint import free_bytes, partial_folder, staging
+from upcycle.data import Domain, fingerprint, prepare_domain
+from upcycle.errors import OutputError, TrainingError
+from upcycle.evaluate import Heldout, heldout_windows, measure
+from upcycle.losses import RouterLosses, forward_losses
+from upcycle.optimization import add_lora, choose_trained, forget_others, make_optimizer, parse_trained
+from upcycle.run_folder import RunFolder, copy_companions
+from upcycle.schedules import schedule
+from upcycle.stream import MAX_EPOCHS, Batch, TokenStream
+from upcycle.training_settings import ModelFacts, Settings, TrainingOptions, read_facts, resolve
+from upcycle.training_state import load_state, save_state
+from upcycle.version import __version__
+from upcycle.watchdog import Watchdog
+from upcycle.weights import load_model, load_sharded, write_weights
+
+Watch = Callable[[Mapping[str, Any]], None]
+FREE_MARGIN: Final = 1.05
+
+
+@dataclass(frozen=True)
+class TrainingResult:
+    """What a training did.
+
+    Attributes:
+        out: the run's folder, with the finished checkpoint in it once `finished`.
+        steps: done, those of an earlier start included.
+        tokens: that the model was trained on, those of an earlier start included.
+        seconds: of this start.
+        tokens_per_second: of this start, evaluations and checkpoints not counted.
+        heldout: the last held-out loss of each domain, nats per token, and the first.
+        first_heldout: that before the first step.
+        finished: all steps are done; else it was asked to stop.
+        warnings: everything that was warned of.
+    """
+
+    out: Path
+    steps: int
+    tokens: int
+    seconds: float
+    tokens_per_second: float
+    heldout: Mapping[str, float]
+    first_heldout: Mapping[str, float]
+    finished: bool
+    warnings: Sequence[str] = field(default_factory=list)
+
+
+def train(
+    options: TrainingOptions, watch: Watch = lambda _: None, stop: Callable[[], bool] = lambda: False
+) -> TrainingResult:
+    """Train a checkpoint and write the result as one of the same form.
+
+    Args:
+        watch: called in the main process with each event as plain data: `{"event": "start" | "tokens" | "step" |
+            "eval" | "checkpoint" | "warning", …}`; steps and evaluations are also what `metrics.jsonl` holds.
+        stop: asked after every step; True ends the training there, saved.
+
+    Raises:
+        UpcycleError: input that cannot be served, before the first step; or a training that went wrong.
+    """
+    facts = read_facts(options.model)
+    sharded = options.shard or os.environ.pop("ACCELERATE_USE_FSDP", "false").lower() == "true"
+    accelerator = _accelerator(options)
+    settings, reasons = resolve(options, facts, accelerator.num_processes, accelerator.device.type == "cuda")
+    run = RunFolder(options.out)
+    try:
+        with _one_by_one(accelerator):
+            if accelerator.is_main_process:
+                run.open(options.resume, options.overwrite)
+        training = _Training(options, settings, facts, accelerator, run, watch, sharded)
+        return training.run_all(reasons, stop)
+    finally:
+        run.close()
+        accelerator.end_training()
+
+
+def _accelerator(options: TrainingOptions) -> Accelerator:
+    precision = options.precision or ("bf16" if torch.cuda.is_available() else "fp32")
+    return Accelerator(
+        mixed_precision="bf16" if precision == "bf16" else "no",
+        log_with=options.log_with,
+        project_dir=str(options.out),
+        step_scheduler_with_optimizer=False,
+    )
+
+
+@contextmanager
+def _one_by_one(accelerator: Accelerator) -> Iterator[None]:
+    """The main process first; the others follow, or stop as it did."""
+    failed = torch.zeros(1, device=accelerator.device)
+    if accelerator.is_main_process:
+        try:
+            yield
+        except BaseException:
+            failed += 1
+            raise
+        finally:
+            if accelerator.num_processes > 1:
+                torch.distributed.broadcast(failed, 0)
+    else:
+        torch.distributed.broadcast(failed, 0)
+        if failed.item():
+            raise TrainingError("the main process could not go on; its message says why")
+        yield
+
+
+class _Training:
+    """One training while it runs."""
+
+    def __init__(
+        self,
+        options: TrainingOptions,
+        settings: Settings,
+        facts: ModelFacts,
+        accelerator: Accelerator,
+        run: RunFolder,
+        watch: Watch,
+        sharded: bool,
+    ) -> None:
+        self.options, self.settings, self.facts = options, settings, facts
+        self.accelerator, self.run, self.sharded = accelerator, run, sharded
+        self.main = accelerator.is_main_process
+        self._watch = watch
+        self.warnings: list[str] = []
+        self.watchdog = Watchdog(facts.experts)
+        self.step = self.first_step = 0
+        self.first_heldout: dict[str, float] = {}
+        self.heldout: dict[str, float] = {}
+        self.busy = 0.0  # seconds in steps alone
+        _, self.router_steps = parse_trained(settings.trained)
+
+    def run_all(self, reasons: Mapping[str, str], stop: Callable[[], bool]) -> TrainingResult:
+        """Prepare, train, finish."""
+        began = time.monotonic()
+        domains, self.windows = self._prepare_data()
+        settings = self.settings
+        self.stream = TokenStream(
+            domains, settings.shares, settings.sequence_length, settings.batch_size, settings.random_seed
+        )
+        with _one_by_one(self.accelerator):
+            self._keep_record(domains, reasons)
+        self._warn_of_epochs()
+        set_seed(settings.random_seed)
+        self._build()
+        self._resume()
+        self._announce(domains, reasons)
+        if self.step == 0:
+            self._evaluate()
+        while self.step < settings.steps:
+            self._one_step()
+            last = self.step == settings.steps
+            if last or self.step % settings.eval_every == 0:
+                self._evaluate()
+            stopping = self._agreed(stop())
+            if last or stopping or self.step % settings.save_every == 0:
+                self._save()
+            if stopping and not last:
+                return self._result(began, finished=False)
+        if self.main:
+            self.run.finish(self.run.checkpoint(self.step))
+        self.accelerator.wait_for_everyone()
+        return self._result(began, finished=True)
+
+    def _result(self, began: float, finished: bool) -> TrainingResult:
+        tokens = (self.step - self.first_step) * self.settings.batch_tokens
+        return TrainingResult(
+            out=self.options.out,
+            steps=self.step,
+            tokens=self.step * self.settings.batch_tokens,
+            seconds=time.monotonic() - began,
+            tokens_per_second=tokens / self.busy if self.busy else 0.0,
+            heldout=self.heldout,
+            first_heldout=self.first_heldout,
+            finished=finished,
+            warnings=self.warnings,
+        )
+
+    def tell(self, event: str, **values: Any) -> None:
+        """Tell whoever watches, in the main process."""
+        if self.main:
+            self._watch({"event": event, **values})
+
+    def _warn(self, message: str) -> None:
+        self.warnings.append(message)
+        self.tell("warning", message=message)
+
+    # What is there before the first step
+
+    def _prepare_data(self) -> tuple[list[Domain], list[Heldout]]:
+        options, settings = self.options, self.settings
+        tokenizer = _tokenizer(options.model)
+        config = self.facts.config.get("dense_config") or self.facts.config
+        enough = settings.steps * settings.batch_tokens + settings.sequence_length + 1
+        domains, windows = [], []
+        with _one_by_one(self.accelerator):
+            for name, source in options.data.items():
+                count = 0
+
+                def progress(added: int, name: str = name) -> None:
+                    nonlocal count
+                    count += added
+                    self.tell("tokens", domain=name, tokens=count)
+
+                domains.append(
+                    prepare_domain(
+                        "--data",
+                        name,
+                        source,
+                        self.run.tokens,
+                        tokenizer,
+                        config,
+                        random_seed=settings.random_seed,
+                        enough=int(enough * settings.shares[name]) + 1,
+                        progress=progress,
+                    )
+                )
+            for name, source in options.heldout.items():
+                windows.append(
+                    heldout_windows(
+                        name,
+                        source,
+                        self.run.tokens / "heldout",
+                        tokenizer,
+                        config,
+                        length=settings.sequence_length,
+                        count=settings.eval_windows,
+                        multiple=self.accelerator.num_processes,
+                    )
+                )
+        return domains, windows
+
+    def _keep_record(self, domains: Sequence[Domain], reasons: Mapping[str, str]) -> None:
+        """Write what this training is, or check that the resumed one is the same."""
+        record: dict[str, Any] = {
+            "upcycle_version": __version__,
+            "model": self.options.model.resolve().name,
+            "settings": self.settings.plain(),
+            "reasons": dict(reasons),
+            "data": {domain.name: {"tokens": domain.tokens.size, "documents": domain.documents} for domain in domains},
+            "data_fingerprint": fingerprint(domains),
+        }
+        if self.options.resume and self.main:
+            former = self.run.record()
+            for key, value in {**record["settings"], "data_fingerprint": record["data_fingerprint"]}.items():
+                found = former.get(key) if key == "data_fingerprint" else former.get("settings", {}).get(key)
+                if found != value:
+                    raise TrainingError(
+                        f"--resume: {key} was {found!r} in {self.options.out} and is {value!r} now; give the same "
+                        "options and data as before, or start a new training with another --out"
+                    )
+        elif self.main:
+            self.run.write_record(record)
+
+    def _warn_of_epochs(self) -> None:
+        for name, epochs in self.stream.epochs(self.settings.steps * self.settings.batch_size).items():
+            if epochs > MAX_EPOCHS:
+                self._warn(
+                    f"domain '{name}' will be seen {epochs:.1f} times; beyond {MAX_EPOCHS:.0f} repeating gives little "
+                    "and later harms (arXiv:2305.16264, arXiv:2305.13230): give more text or fewer --steps"
+                )
+
+    def _build(self) -> None:
+        options, settings, accelerator = self.options, self.settings, self.accelerator
+        if self.sharded:
+            mesh = init_device_mesh(accelerator.device.type, (accelerator.num_processes,))
+            model = load_sharded(options.model, mesh, accelerator.device, settings.precision)
+        else:
+            model = load_model(options.model)
+        kind, _ = parse_trained(settings.trained)
+        choose_trained(model, kind, self.facts.attention_experts)
+        if settings.activation_checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        if settings.lora:
+            model = add_lora(model, settings.lora)
+        self.model = model  # as it is written; `self.wrapped` is what computes
+        model.train()
+        if self.sharded:
+            self.wrapped = model
+        else:
+            self.wrapped = accelerator.prepare(model)
+        self.optimizer = make_optimizer(model, settings.optimizer, settings.learning_rate, settings.weight_decay)
+        self.trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        if self.main:
+            self._check_space()
+        if options.log_with:
+            accelerator.init_trackers("upcycle", config={**settings.plain(), "shares": str(dict(settings.shares))})
+
+    def _check_space(self) -> None:
+        weights = sum(file.stat().st_size for file in self.options.model.glob("*.safetensors"))
+        state = sum(12 * parameter.numel() for parameter in self.trained)
+        needed, free = int(FREE_MARGIN * (weights + state) * 3), free_bytes(self.options.out)
+        if needed > free:
+            raise OutputError(
+                f"{self.options.out}: three checkpoints with their training state take {needed / 1e9:.2f} GB (two are "
+                f"kept while the next is written), the disk has {free / 1e9:.2f} GB free"
+            )
+
+    def _resume(self) -> None:
+        found = self.run.checkpoints()
+        if not (self.options.resume and found):
+            return
+        rank = self.accelerator.process_index
+        progress = load_state(found[-1], self.model, self.optimizer, rank, self.sharded)
+        self.step = self.first_step = progress["step"]
+        self.stream.load_state(progress["stream"])
+        self.watchdog.load_state(progress["watchdog"])
+        self.heldout, self.first_heldout = progress["heldout"], progress["first_heldout"]
+        if self.main:
+            self.run.rewind(self.step)
+
+    def _announce(self, domains: Sequence[Domain], reasons: Mapping[str, str]) -> None:
+        settings = self.settings
+        self.tell(
+            "start",
+            settings=settings.plain(),
+            reasons=dict(reasons),
+            step=self.step,
+            data={domain.name: domain.tokens.size for domain in domains},
+            epochs=self.stream.epochs(settings.steps * settings.batch_size),
+            trained_parameters=sum(parameter.numel() for parameter in self.trained),
+            parameters=sum(parameter.numel() for parameter in self.model.parameters()),
+            training_flops_per_token=self.facts.training_flops(settings.sequence_length),
+            experts=list(self.facts.experts),
+        )
+
+    # The steps
+
+    def _one_step(self) -> None:
+        began = time.perf_counter()
+        settings = self.settings
+        batch = self.stream.next_batch()
+        rate = schedule(
+            settings.schedule,
+            self.step,
+            settings.steps,
+            settings.warm_up,
+            settings.learning_rate,
+            settings.batch_tokens,
+        )
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        nll, routers = self._gradients(batch)
+        if self.step < self.router_steps:
+            forget_others(self.model.named_parameters())
+        norm = float(self.accelerator.clip_grad_norm_(self.trained, settings.max_grad_norm))
+        loss = nll + (float(routers.total(self.facts.load_balance, self.facts.z)) if routers else 0.0)
+        objection = self.watchdog.objection(self.step + 1, loss, norm)
+        if objection is None:
+            self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.step += 1
+        seconds = time.perf_counter() - began
+        self.busy += seconds
+        values: dict[str, Any] = {
+            "step": self.step,
+            "tokens": self.step * settings.batch_tokens,
+            "loss": loss,
+            "nll": nll,
+            **(_plain(routers) if routers else {}),
+            "gradient_norm": norm,
+            "learning_rate": rate,
+            "skipped": objection,
+            "seconds": round(seconds, 4),
+            "tokens_per_second": round(settings.batch_tokens / seconds, 1),
+        }
+        self._log("step", values)
+        if objection:
+            self._warn(f"step {self.step} was not taken: {objection}")
+        if routers:
+            for message in self.watchdog.idle_experts(self.step, values["load"]):
+                self._warn(message)
+
+    def _gradients(self, batch: Batch) -> tuple[float, RouterLosses | None]:
+        """Forward and backward of a batch; its mean NLL, and the routers' losses as means over all forwards.
+
+        The NLL is a mean over all targets of the batch, whatever forward or process they fall to. The routers' losses
+        are taken in each forward over its own tokens, and averaged.
+        """
+        settings, accelerator = self.settings, self.accelerator
+        share = settings.batch_size // settings.processes
+        first = accelerator.process_index * share
+        targets = batch.tokens[:, 1:].size if batch.counted is None else int(batch.counted.sum())
+        forwards = settings.accumulation * settings.processes
+        total_nll = torch.zeros((), device=accelerator.device, dtype=torch.float32)
+        measured: list[RouterLosses] = []
+        for start in range(first, first + share, settings.micro_batch_size):
+            rows = slice(start, start + settings.micro_batch_size)
+            tokens = torch.from_numpy(batch.tokens[rows]).to(accelerator.device)
+            counted = None if batch.counted is None else torch.from_numpy(batch.counted[rows]).to(accelerator.device)
+            last = start + settings.micro_batch_size == first + share
+            with contextlib.nullcontext() if last else accelerator.no_sync(self.wrapped):
+                nll, routers = forward_losses(self.wrapped, tokens, counted, self.facts.top_k)
+                # DDP and FSDP average the gradients of the processes, hence the factor.
+                loss = nll * (settings.processes / max(1, targets))
+                if routers:
+                    loss = loss + routers.total(self.facts.load_balance, self.facts.z) / settings.accumulation
+                accelerator.backward(loss)
+            total_nll += nll.detach()
+            if routers:
+                measured.append(routers)
+        total_nll = accelerator.reduce(total_nll, "sum")
+        mean = _mean_over_forwards(measured, forwards, accelerator) if measured else None
+        return float(total_nll) / max(1, targets), mean
+
+    def _evaluate(self) -> None:
+        if not self.windows:
+            return
+        self.model.eval()
+        measured = measure(
+            self.wrapped, self.windows, self.facts.top_k, self.settings.micro_batch_size, self.accelerator
+        )
+        self.model.train()
+        self.heldout = {name: values["loss"] for name, values in measured.items()}
+        self.first_heldout = self.first_heldout or self.heldout
+        self._log("eval", {"step": self.step, "heldout": measured})
+
+    def _log(self, event: str, values: dict[str, Any]) -> None:
+        if self.main:
+            self.run.append(values)
+        self.tell(event, **values)
+        if self.options.log_with:
+            self.accelerator.log(_scalars(values), step=self.step)
+
+    def _agreed(self, stop: bool) -> bool:
+        """Whether any process was asked to stop: all must, at the same step."""
+        if self.accelerator.num_processes == 1:
+            return stop
+        return bool(self.accelerator.reduce(torch.tensor(float(stop), device=self.accelerator.device), "sum").item())
+
+    def _save(self) -> None:
+        target = self.run.checkpoint(self.step)
+        accelerator = self.accelerator
+        progress = {
+            "step": self.step,
+            "stream": self.stream.state(),
+            "watchdog": self.watchdog.state(),
+            "heldout": self.heldout,
+            "first_heldout": self.first_heldout,
+        }
+        with staging(target) if self.main else contextlib.nullcontext(partial_folder(target)) as partial:
+            accelerator.wait_for_everyone()
+            if self.main:
+                copy_companions(self.options.model, partial)
+            written = write_weights(self.model, self.options.model, partial, writes=self.main)
+            save_state(partial, self.model, self.optimizer, progress, accelerator.process_index, self.sharded)
+            accelerator.wait_for_everyone()
+        accelerator.wait_for_everyone()
+        if self.main:
+            self.run.prune()
+        self.tell("checkpoint", step=self.step, folder=str(target), bytes=written)
+
+
+def _tokenizer(folder: Path) -> Any:
+    """The checkpoint's tokenizer, or None where there is none (pre-tokenised data needs none)."""
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    except Exception:  # whatever it meets; text without a tokenizer is refused where it is read
+        return None
+
+
+def _mean_over_forwards(measured: Sequence[RouterLosses], forwards: int, accelerator: Accelerator) -> RouterLosses:
+    """Means over the forwards of all processes, in one exchange."""
+    names = list(RouterLosses.__dataclass_fields__)
+    parts = [torch.stack([getattr(one, name).detach().float() for one in measured]).sum(0) for name in names]
+    flat = accelerator.reduce(torch.cat([part.flatten() for part in parts]), "sum") / forwards
+    pieces = torch.split(flat.cpu(), [part.numel() for part in parts])
+    return RouterLosses(*(piece.view(part.shape) for piece, part in zip(pieces, parts, strict=True)))
+
+
+def _plain(routers: RouterLosses) -> dict[str, Any]:
+    """The routers' losses and what they did, by layer, as numbers of six digits."""
+    values = {
+        "load_balance": routers.load_balance,
+        "z": routers.z,
+        "attention_z": routers.attention_z,
+        "load": routers.load,
+        "gates": routers.gates,
+        "entropy": routers.entropy,
+        "attention_entropy": routers.attention_entropy,
+    }
+    return {name: np.vectorize(_rounded)(value.numpy()).tolist() for name, value in values.items() if value.numel()}
+
+
+def _rounded(value: float) -> float:
+    return float(f"{value:.6g}")
+
+
+def _scalars(values: Mapping[str, Any]) -> dict[str, float]:
+    """What a tracker can plot: numbers, sums over layers, losses by domain."""
+    scalars = {key: value for key, value in values.items() if isinstance(value, (int, float))}
+    for key in ("load_balance", "z", "attention_z"):
+        if key in values:
+            scalars[key] = float(np.sum(values[key]))
+    for domain, measured in values.get("heldout", {}).items():
+        scalars[f"heldout/{domain}"] = measured["loss"]
+    return scalars

@@ -1,0 +1,241 @@
+"""What a training was asked for, and what that means for a model, its data and this machine."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Final
+
+from upcycle.checkpoint import CONFIG, PROVENANCE, read_json
+from upcycle.dense_config import read_dense
+from upcycle.errors import SeedError, TrainingError
+from upcycle.layout import Layout, make_layout
+from upcycle.mixture import read_mixture
+from upcycle.optimization import parse_trained
+from upcycle.recipe import Recipe
+from upcycle.scaling import DENSE, layout_cost
+from upcycle.schedules import Choice, default_batch_size, default_learning_rate, warm_up_steps
+
+MAX_SEQUENCE: Final = 2048  # the default, where the model could take longer ones
+
+
+@dataclass(frozen=True)
+class TrainingOptions:
+    """What the user asked for; None where the default is to be found (`upcycle train --help` describes each)."""
+
+    model: Path
+    data: Mapping[str, str]
+    out: Path
+    steps: int
+    shares: Mapping[str, float]
+    heldout: Mapping[str, str] = field(default_factory=dict)
+    sequence_length: int | None = None
+    batch_size: int | None = None
+    micro_batch_size: int | None = None
+    learning_rate: float | None = None
+    schedule: str = "cosine"
+    warm_up: int | None = None
+    weight_decay: float = 0.1
+    max_grad_norm: float = 1.0
+    random_seed: int = 0
+    trained: str = "all"
+    lora: int = 0
+    optimizer: str = "adamw"
+    precision: str | None = None
+    activation_checkpointing: bool = False
+    shard: bool = False
+    eval_every: int | None = None
+    eval_windows: int = 100
+    save_every: int | None = None
+    log_with: str | None = None
+    resume: bool = False
+    overwrite: bool = False
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Everything that decides what a training computes; a resumed one must have the same."""
+
+    steps: int
+    sequence_length: int
+    batch_size: int
+    micro_batch_size: int
+    processes: int
+    learning_rate: float
+    schedule: str
+    warm_up: int
+    weight_decay: float
+    max_grad_norm: float
+    random_seed: int
+    trained: str
+    lora: int
+    optimizer: str
+    precision: str
+    activation_checkpointing: bool
+    shard: bool
+    shares: Mapping[str, float]
+    eval_every: int
+    eval_windows: int
+    save_every: int
+
+    @property
+    def batch_tokens(self) -> int:
+        """Tokens a step."""
+        return self.batch_size * self.sequence_length
+
+    @property
+    def accumulation(self) -> int:
+        """Forwards of each process a step."""
+        return self.batch_size // (self.processes * self.micro_batch_size)
+
+    def plain(self) -> dict[str, Any]:
+        """As plain data."""
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class ModelFacts:
+    """What a training needs to know of the model before it is loaded.
+
+    Attributes:
+        kind: "bam", "native" (one of transformers' own mixtures) or "dense".
+        top_k: experts a token uses, None for a dense model.
+        load_balance, z: alpha and beta of the routers' losses.
+        attention_experts: whether the attention is a mixture, too.
+        experts: their names, or numbers.
+        layout: of the tensors, where upcycle knows the family.
+        recipe: the mixture's, for its cost.
+        seed_parameters: of one dense model, without embeddings and head; 0 where the family is not known.
+    """
+
+    kind: str
+    config: Mapping[str, Any]
+    top_k: int | None = None
+    load_balance: float = 0.0
+    z: float = 0.0
+    attention_experts: bool = False
+    experts: Sequence[str] = ()
+    layout: Layout | None = None
+    recipe: Recipe = DENSE
+    seed_parameters: int = 0
+
+    @property
+    def num_experts(self) -> int:
+        """1 for a dense model."""
+        return max(1, len(self.experts))
+
+    def training_flops(self, context: int) -> int | None:
+        """FLOPs a token of a training at a context, or None where the family is not known."""
+        if self.layout is None:
+            return None
+        return layout_cost(self.layout, self.recipe, self.num_experts, 0, context).training_flops_per_token
+
+
+def read_facts(folder: Path) -> ModelFacts:
+    """What a checkpoint's config says about training it.
+
+    Raises:
+        CheckpointError, SeedError: no checkpoint, or a damaged one.
+    """
+    config = read_json(folder / CONFIG)
+    if config.get("model_type") == "bam":
+        mixture = read_mixture(folder)
+        return ModelFacts(
+            kind="bam",
+            config=config,
+            top_k=config["num_experts_per_tok"],
+            load_balance=float(config.get("router_aux_loss_coef", 0.01)),
+            z=float(config.get("router_z_loss_coef", 0.001)),
+            attention_experts=config["attention_experts"],
+            experts=list(mixture.experts),
+            layout=mixture.layout,
+            recipe=mixture.recipe,
+            seed_parameters=_inner_parameters(mixture.layout),
+        )
+    if config.get("num_experts_per_tok"):
+        experts = next((config[key] for key in ("num_local_experts", "num_experts") if config.get(key)), 0)
+        recorded = read_json(folder / PROVENANCE) if (folder / PROVENANCE).is_file() else {}
+        loss = recorded.get("recipe", {}).get("loss", {})
+        return ModelFacts(
+            kind="native",
+            config=config,
+            top_k=int(config["num_experts_per_tok"]),
+            load_balance=float(loss.get("load_balance", config.get("router_aux_loss_coef", 0.01))),
+            z=float(loss.get("z", 0.0)),
+            experts=[str(number) for number in range(int(experts))],
+        )
+    try:
+        layout = make_layout(read_dense(config, str(folder)), DENSE, 1)
+    except SeedError:  # a family that cannot be mixed can still be trained
+        return ModelFacts(kind="dense", config=config)
+    return ModelFacts(kind="dense", config=config, layout=layout, seed_parameters=_inner_parameters(layout))
+
+
+def _inner_parameters(layout: Layout) -> int:
+    dense = make_layout(layout.model, DENSE, 1)
+    return sum(tensor.size for tensor in dense.mixture if ".layers." in tensor.name)
+
+
+def resolve(
+    options: TrainingOptions, facts: ModelFacts, processes: int, cuda: bool
+) -> tuple[Settings, Mapping[str, str]]:
+    """Settings with every default filled in, and the reasons of those that need one.
+
+    Raises:
+        TrainingError: values that do not fit one another.
+    """
+    reasons: dict[str, str] = {}
+    positions = int((facts.config.get("dense_config") or facts.config).get("max_position_embeddings") or MAX_SEQUENCE)
+    length = options.sequence_length or min(positions, MAX_SEQUENCE)
+    if length > positions:
+        raise TrainingError(f"--sequence-length {length}: the model has positions for {positions} tokens")
+
+    def chosen(name: str, choice: Choice) -> float:
+        reasons[name] = choice.reason
+        return choice.value
+
+    batch = options.batch_size or int(
+        chosen("batch_size", default_batch_size(options.steps, length, len(options.data), processes))
+    )
+    if batch % processes:
+        raise TrainingError(f"--batch-size {batch} sequences do not divide among {processes} processes")
+    micro = min(options.micro_batch_size or batch // processes, batch // processes)
+    if (batch // processes) % micro:
+        raise TrainingError(
+            f"--micro-batch-size {micro}: the {batch // processes} sequences of a process are no multiple of it"
+        )
+    rate = options.learning_rate or chosen(
+        "learning_rate", default_learning_rate(facts.seed_parameters or 10**9, options.steps * batch * length)
+    )
+    kind, _ = parse_trained(options.trained)
+    if kind != "all" and facts.kind == "dense":
+        raise TrainingError(f"--train {options.trained}: the model is dense, it has neither experts nor routers")
+    if options.lora and options.trained != "all":
+        raise TrainingError("--lora chooses what is trained itself (its factors and the routers); leave --train out")
+    if options.shard and (options.lora or options.trained.startswith("routers-then-all")):
+        raise TrainingError("--shard does not go with --lora or routers-then-all")
+    if options.shard and processes < 2:
+        raise TrainingError("--shard spreads one model over several processes; start them with `accelerate launch`")
+    settings = Settings(
+        steps=options.steps,
+        sequence_length=length,
+        batch_size=batch,
+        micro_batch_size=micro,
+        processes=processes,
+        learning_rate=rate,
+        schedule=options.schedule,
+        warm_up=warm_up_steps(options.steps) if options.warm_up is None else options.warm_up,
+        weight_decay=options.weight_decay,
+        max_grad_norm=options.max_grad_norm,
+        random_seed=options.random_seed,
+        trained=options.trained,
+        lora=options.lora,
+        optimizer=options.optimizer,
+        precision=options.precision or ("bf16" if cuda else "fp32"),
+        activation_checkpointing=options.activation_checkpointing,
+        shard=options.shard,
+        shares=options.shares,
+        eval_every=options.eval_every or max(1, options.steps // 5),
+        eval_windows=options.eval_windows,
+        save_every=options.save_every or max(1, options.steps // 4),
+    )
+    return settings, reasons

@@ -1,0 +1,258 @@
+"""A model's weights between disk and memory: whole or sharded, fp32 to train, back in the checkpoint's own dtypes."""
+
+import os
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from upcycle.checkpoint import (
+    CONFIG,
+    INDEX,
+    MAX_SHARD_SIZE,
+    WEIGHTS,
+    TensorInfo,
+    index_json,
+    plan_shards,
+    read_json,
+    read_tensors,
+    write_json,
+)
+from upcycle.errors import CheckpointError, SeedError
+from upcycle.mixture import read_mixture
+from upcycle.numeric import TORCH_NAMES
+
+_LAYER = re.compile(r"(.*\.\d+)\.")
+
+
+def load_model(folder: Path) -> Any:
+    """The model in fp32 on the CPU; the checkpoint's own code is not run.
+
+    Raises:
+        CheckpointError: no checkpoint, a damaged one, or one whose tensors are not the model's.
+    """
+    classes = _auto_class(folder)
+    try:
+        model, info = classes.from_pretrained(
+            folder, dtype=torch.float32, trust_remote_code=False, output_loading_info=True
+        )
+    except Exception as error:  # transformers raises whatever it meets in a damaged file
+        raise CheckpointError(f"{folder} cannot be loaded: {error}") from error
+    for kind, what in (("missing_keys", "lacks"), ("unexpected_keys", "holds, but no model of its config has")):
+        if info[kind]:
+            raise CheckpointError(
+                f"{folder} {what} {len(info[kind])} tensors, among them '{min(info[kind])}'; its config.json belongs "
+                "to another checkpoint, or it is damaged"
+            )
+    return model
+
+
+def _auto_class(folder: Path) -> Any:
+    if read_json(folder / CONFIG).get("model_type") == "bam":
+        read_mixture(folder)  # says what is wrong with it, in which tensor
+    from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
+
+    import upcycle
+
+    upcycle.register()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    return AutoModelForCausalLM
+
+
+def load_sharded(folder: Path, mesh: Any, device: torch.device, precision: str) -> Any:
+    """The model spread over the processes of a one-dimensional device mesh (FSDP2); each reads its share alone.
+
+    Every decoder layer is gathered when it computes and let go after, the rest (embeddings, final norm, head) as one
+    more group. Weights are fp32; "bf16" gathers and computes in bf16.
+
+    Raises:
+        CheckpointError: as `load_model`; also a checkpoint whose tensors are not those of the model in memory.
+    """
+    from accelerate import init_empty_weights
+    from safetensors import safe_open
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+    from torch.distributed.tensor import DTensor
+    from transformers import AutoConfig
+
+    classes = _auto_class(folder)
+    sources = read_tensors(folder)
+    with init_empty_weights(include_buffers=False):  # buffers (rotary frequencies) are computed, not stored
+        model = classes.from_config(AutoConfig.from_pretrained(folder), dtype=torch.float32)
+    buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32) if precision == "bf16" else MixedPrecisionPolicy()
+    for layer in decoder_layers(model):
+        fully_shard(layer, mesh=mesh, mp_policy=policy)
+    fully_shard(model, mesh=mesh, mp_policy=policy)
+    model.to_empty(device=device)
+    for name, buffer in model.named_buffers():
+        buffer.copy_(buffers[name])
+    files: dict[Path, Any] = {}
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            source = sources.get(name)
+            if source is None or source.shape != tuple(parameter.shape):
+                found = "nothing" if source is None else list(source.shape)
+                raise CheckpointError(
+                    f"{folder}: tensor '{name}': expected shape {list(parameter.shape)}, found {found}; a sharded "
+                    "model is read tensor by tensor, so only checkpoints that store what memory holds can be"
+                )
+            assert isinstance(parameter, DTensor)
+            if source.file not in files:
+                files[source.file] = safe_open(source.file, framework="pt")
+            rows = _local_rows(parameter)
+            parameter.to_local().copy_(files[source.file].get_slice(name)[rows.start : rows.stop])
+    return model
+
+
+def _local_rows(parameter: Any) -> slice:
+    """Which rows of a tensor sharded along its first axis this process holds."""
+    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+    shape, offset = compute_local_shape_and_global_offset(parameter.shape, parameter.device_mesh, parameter.placements)
+    return slice(offset[0], offset[0] + shape[0])
+
+
+def decoder_layers(model: Any) -> nn.ModuleList:
+    """The decoder layers of a dense model or of a mixture."""
+    for name, module in model.named_modules():
+        if name.endswith("layers") and isinstance(module, nn.ModuleList):
+            return module
+    raise CheckpointError(f"{type(model).__name__} has no decoder layers")
+
+
+def write_weights(model: Any, source: Path, out: Path, *, writes: bool = True) -> int:
+    """Write a model's weights as `source` stores them: its names, its dtypes, its order; returns the bytes written.
+
+    Tensors are gathered, converted and written a layer at a time, so no process ever holds the whole model. Every
+    process of a sharded model must call this; the one with `writes` writes. LoRA's factors are added to their weights.
+
+    Raises:
+        CheckpointError: a parameter that `source` has no tensor for, or the other way round.
+    """
+    stored = _in_file_order(read_tensors(source))
+    entries = _memory_tensors(model)
+    shapes = {
+        name: tuple(tensor.shape)
+        for group in _groups(entries)
+        for name, tensor in _as_stored(model, {key: _meta(entries[key]) for key in group}).items()
+    }
+    _check_names(model, source, stored, shapes)
+    names = [name for name in stored if name in shapes]
+    shards = plan_shards([(name, stored[name].dtype, shapes[name]) for name in names], MAX_SHARD_SIZE)
+    place = {name: (out / shard.name, offset) for shard in shards for name, offset in shard.offsets.items()}
+    handles: dict[Path, int] = {}
+    try:
+        for shard in shards if writes else ():
+            handles[out / shard.name] = os.open(out / shard.name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
+            os.pwrite(handles[out / shard.name], shard.header, 0)
+        for group in _groups(entries):
+            whole = {key: _gather(entries[key], writes) for key in group}
+            for name, tensor in _as_stored(model, whole).items() if writes else ():
+                if name in place:
+                    file, offset = place[name]
+                    _write(handles[file], offset, tensor, stored[name].dtype)
+        for handle in handles.values():
+            os.fsync(handle)
+    finally:
+        for handle in handles.values():
+            os.close(handle)
+    if writes and len(shards) > 1:
+        write_json(out / INDEX, index_json(shards))
+    return sum(shard.size for shard in shards)
+
+
+def _in_file_order(tensors: Mapping[str, TensorInfo]) -> dict[str, TensorInfo]:
+    return dict(sorted(tensors.items(), key=lambda item: (item[1].file.name, item[1].offset)))
+
+
+def _memory_tensors(model: Any) -> dict[str, Any]:
+    """Every parameter by the name that a plain model gives it: a tensor, or the layer of LoRA that changes it."""
+    if not hasattr(model, "peft_config"):
+        return dict(model.state_dict())
+    from peft.tuners.lora import LoraLayer
+
+    entries: dict[str, Any] = {}
+    base = model.get_base_model()
+    for name, tensor in base.state_dict().items():
+        if ".lora_" not in name:
+            entries[name.replace(".base_layer", "")] = tensor
+    for name, module in base.named_modules():
+        if isinstance(module, LoraLayer):
+            parameter = getattr(module, "parameter_name", None) or "weight"
+            entries[f"{name.replace('.base_layer', '')}.{parameter}"] = module
+    return entries
+
+
+def _groups(entries: Mapping[str, Any]) -> Iterator[list[str]]:
+    """Names layer by layer: what a conversion stacks or splits lies in one layer."""
+    groups: dict[str, list[str]] = {}
+    for name in entries:
+        match = _LAYER.match(name)
+        groups.setdefault(_outer_layer(match.group(1)) if match else name, []).append(name)
+    return iter(groups.values())
+
+
+def _outer_layer(name: str) -> str:
+    head, _, rest = name.partition(".layers.")
+    return f"{head}.layers.{rest.partition('.')[0]}"
+
+
+def _meta(entry: Any) -> torch.Tensor:
+    weight = entry if isinstance(entry, torch.Tensor) else _lora_weight(entry)
+    return torch.empty(weight.shape, dtype=weight.dtype, device="meta")
+
+
+def _lora_weight(layer: Any) -> torch.Tensor:
+    inner = layer.get_base_layer()
+    weight: torch.Tensor = getattr(inner, getattr(layer, "parameter_name", None) or "weight")
+    return weight
+
+
+@torch.no_grad()
+def _gather(entry: Any, wanted: bool) -> torch.Tensor:
+    """A tensor whole on the CPU, LoRA's product added; every process takes part."""
+    if not isinstance(entry, torch.Tensor):
+        merged: torch.Tensor = _lora_weight(entry) + entry.get_delta_weight(entry.active_adapters[0])
+        return merged.cpu()
+    tensor: torch.Tensor = entry.full_tensor() if hasattr(entry, "full_tensor") else entry
+    return tensor.cpu() if wanted else tensor
+
+
+def _as_stored(model: Any, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Tensors of one layer under the names and in the shapes of the published format (Mixtral's `experts.3.w1`)."""
+    from transformers.core_model_loading import revert_weight_conversion
+
+    base = model.get_base_model() if hasattr(model, "peft_config") else model
+    converted: dict[str, torch.Tensor] = revert_weight_conversion(base, tensors)
+    return converted
+
+
+def _check_names(model: Any, source: Path, stored: Mapping[str, Any], shapes: Mapping[str, Any]) -> None:
+    tied = set(getattr(model, "all_tied_weights_keys", None) or {})
+    for name, shape in shapes.items():
+        if name not in stored and name not in tied:
+            raise CheckpointError(f"{source} stores no tensor '{name}', which the model has; it cannot be written back")
+        if name in stored and stored[name].shape != shape:
+            raise CheckpointError(
+                f"{source}: tensor '{name}' is {list(stored[name].shape)} there and {list(shape)} in memory"
+            )
+
+
+def _write(handle: int, offset: int, tensor: torch.Tensor, dtype: str) -> None:
+    if dtype not in TORCH_NAMES:
+        raise SeedError(f"dtype {dtype} cannot be trained; expected one of {', '.join(TORCH_NAMES)}")
+    converted = tensor.to(getattr(torch, TORCH_NAMES[dtype])).contiguous()
+    view = memoryview(converted.flatten().view(torch.uint8).numpy().data)
+    while view:
+        written = os.pwrite(handle, view, offset)
+        view, offset = view[written:], offset + written
+
+
+def is_weight_file(name: str) -> bool:
+    """Whether a checkpoint's file holds its weights or says where they are."""
+    return name in (WEIGHTS, INDEX) or re.fullmatch(r"model-\d+-of-\d+\.safetensors", name) is not None
