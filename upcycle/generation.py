@@ -20,13 +20,10 @@ def continue_text(folder: Path, text: str, max_new_tokens: int) -> str:
         raise CheckpointError(f"{folder} holds no tokenizer file ({', '.join(VOCABULARIES)}), so no text can be read")
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
-    from transformers.utils import logging
 
-    import upcycle
+    from upcycle.weights import quiet_transformers
 
-    upcycle.register()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
+    quiet_transformers()
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
         model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", trust_remote_code=False)

@@ -32,7 +32,7 @@ from upcycle.training_settings import ModelFacts, Settings, TrainingOptions, rea
 from upcycle.training_state import load_state, save_state
 from upcycle.version import __version__
 from upcycle.watchdog import Watchdog
-from upcycle.weights import load_model, load_sharded, write_weights
+from upcycle.weights import load_model, load_sharded, quiet_transformers, write_weights
 
 Watch = Callable[[Mapping[str, Any]], None]
 FREE_MARGIN: Final = 1.05
@@ -79,6 +79,7 @@ def train(
         UpcycleError: input that cannot be served, before the first step; or a training that went wrong.
     """
     facts = read_facts(options.model)
+    quiet_transformers()
     sharded = options.shard or os.environ.pop("ACCELERATE_USE_FSDP", "false").lower() == "true"
     accelerator = _accelerator(options)
     settings, reasons = resolve(options, facts, accelerator.num_processes, accelerator.device.type == "cuda")
@@ -96,7 +97,10 @@ def train(
 
 def _accelerator(options: TrainingOptions) -> Accelerator:
     precision = options.precision or ("bf16" if torch.cuda.is_available() else "fp32")
+    # Left alone, accelerate takes several processes without a GPU for strangers to one another.
+    several = int(os.environ.get("WORLD_SIZE", "1")) > 1
     return Accelerator(
+        cpu=several and not torch.accelerator.is_available(),
         mixed_precision="bf16" if precision == "bf16" else "no",
         log_with=options.log_with,
         project_dir=str(options.out),

@@ -2,6 +2,7 @@
 
 import os
 import re
+import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -54,6 +55,13 @@ def _auto_class(folder: Path) -> Any:
     if read_json(folder / CONFIG).get("model_type") == "bam":
         read_mixture(folder)  # says what is wrong with it, in which tensor
     from transformers import AutoModelForCausalLM
+
+    quiet_transformers()
+    return AutoModelForCausalLM
+
+
+def quiet_transformers() -> None:
+    """Register the BAM model, and silence what transformers tells of every model it loads."""
     from transformers.utils import logging
 
     import upcycle
@@ -61,7 +69,6 @@ def _auto_class(folder: Path) -> Any:
     upcycle.register()
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    return AutoModelForCausalLM
 
 
 def load_sharded(folder: Path, mesh: Any, device: torch.device, precision: str) -> Any:
@@ -76,7 +83,7 @@ def load_sharded(folder: Path, mesh: Any, device: torch.device, precision: str) 
     from accelerate import init_empty_weights
     from safetensors import safe_open
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-    from torch.distributed.tensor import DTensor
+    from torch.distributed.tensor import DTensor, Shard
     from transformers import AutoConfig
 
     classes = _auto_class(folder)
@@ -85,9 +92,17 @@ def load_sharded(folder: Path, mesh: Any, device: torch.device, precision: str) 
         model = classes.from_config(AutoConfig.from_pretrained(folder), dtype=torch.float32)
     buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
     policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32) if precision == "bf16" else MixedPrecisionPolicy()
+    processes = mesh.size()
+
+    def axis(parameter: nn.Parameter) -> Shard:
+        # Stacked experts [N, rows, columns] by rows: split by expert, few experts would leave processes empty.
+        return Shard(1 if parameter.dim() == 3 and parameter.shape[1] % processes == 0 else 0)
+
     for layer in decoder_layers(model):
-        fully_shard(layer, mesh=mesh, mp_policy=policy)
-    fully_shard(model, mesh=mesh, mp_policy=policy)
+        fully_shard(layer, mesh=mesh, mp_policy=policy, shard_placement_fn=axis)
+    fully_shard(model, mesh=mesh, mp_policy=policy, shard_placement_fn=axis)
+    # Families return a slice of their logits; nothing here writes into it.
+    warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
     model.to_empty(device=device)
     for name, buffer in model.named_buffers():
         buffer.copy_(buffers[name])
@@ -104,17 +119,16 @@ def load_sharded(folder: Path, mesh: Any, device: torch.device, precision: str) 
             assert isinstance(parameter, DTensor)
             if source.file not in files:
                 files[source.file] = safe_open(source.file, framework="pt")
-            rows = _local_rows(parameter)
-            parameter.to_local().copy_(files[source.file].get_slice(name)[rows.start : rows.stop])
+            parameter.to_local().copy_(files[source.file].get_slice(name)[_local_part(parameter)])
     return model
 
 
-def _local_rows(parameter: Any) -> slice:
-    """Which rows of a tensor sharded along its first axis this process holds."""
+def _local_part(parameter: Any) -> tuple[slice, ...]:
+    """Which part of a sharded tensor this process holds."""
     from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
     shape, offset = compute_local_shape_and_global_offset(parameter.shape, parameter.device_mesh, parameter.placements)
-    return slice(offset[0], offset[0] + shape[0])
+    return tuple(slice(begin, begin + size) for begin, size in zip(offset, shape, strict=True))
 
 
 def decoder_layers(model: Any) -> nn.ModuleList:
