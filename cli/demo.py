@@ -1,4 +1,4 @@
-"""`upcycle demo`: a tiny seed and its specialists trained from real text, mixed and measured."""
+"""`upcycle demo`: a tiny seed and its specialists trained from real text, mixed, trained on and measured."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -24,7 +24,7 @@ def demo(
     ),
     recipe: RecipeName = "bam-kv-shared",
 ) -> None:
-    """Train a tiny seed and three specialists from real text, mix them and measure each: minutes on two cores.
+    """Train a tiny seed and three specialists from real text, mix them, train the mixture, and measure each.
 
     Example: upcycle demo --family cohere2
     """
@@ -55,7 +55,7 @@ def _loss_table(result: "DemoResult") -> "Table":
     domains = list(next(iter(result.losses.values())))
     rows = {model: [*losses.values(), sum(losses.values()) / len(losses)] for model, losses in result.losses.items()}
     best = [min(column) for column in zip(*rows.values(), strict=True)]
-    caption = "best of each column in bold; the mixture as merged, before any training of its routers"
+    caption = "best of each column in bold"
     grid = Table(title="Held-out loss, nats per token", caption=caption, box=box.SIMPLE_HEAD)
     grid.add_column("model")
     for column in (*domains, "mean"):

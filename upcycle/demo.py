@@ -1,6 +1,6 @@
-"""The demo: a tiny seed and its specialists, trained from real text, mixed into one BAM model and measured.
+"""The demo: a tiny seed and its specialists, trained from real text, mixed into one BAM model, trained and measured.
 
-The three phases of arXiv:2408.08274 at the smallest size that shows them, without the mixture's own training.
+The three phases of arXiv:2408.08274 at the smallest size that shows them.
 """
 
 import hashlib
@@ -23,12 +23,15 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFa
 from transformers.utils import logging
 
 from upcycle.checkpoint import staging
+from upcycle.data import parse_shares
 from upcycle.errors import OutputError, UpcycleError, did_you_mean
 from upcycle.merge import merge
 from upcycle.numeric import Array
 from upcycle.plan import count_experts, plan_merge
 from upcycle.recipe import Recipe, load_recipe
 from upcycle.seeds import read_seeds
+from upcycle.train import train as train_checkpoint
+from upcycle.training_settings import TrainingOptions
 
 FAMILIES: Final = ("llama", "cohere2")
 SEED: Final = "seed"
@@ -39,6 +42,7 @@ KEY_FILE: Final = "demo-key.txt"
 WORKERS: Final = 2
 WARM_UP: Final = 10  # steps
 EVALUATION_BATCH: Final = 8  # windows
+REPORTED: Final = 20  # steps of the mixture's training from one message to the next
 
 Text = Mapping[str, Sequence[str]]  # documents by domain
 Tokens = Mapping[str, Array]
@@ -65,6 +69,7 @@ class Settings:
     specialist_steps: int = 80
     seed_learning_rate: float = 6e-3
     specialist_learning_rate: float = 3e-3
+    mixture_steps: int = 80
     own_share: float = 0.9
     random_seed: int = 0
 
@@ -74,8 +79,9 @@ class DemoResult:
     """What the demo found.
 
     Attributes:
-        losses: held-out nats per token by model (the seeds in their order, then the mixture) and domain.
-        mixture: the folder of the mixture.
+        losses: held-out nats per token by model (the seeds in their order, then the mixture as merged and as trained)
+            and domain.
+        mixture: the folder of the trained mixture.
         prompt: the start of a held-out code document.
         sample: how the mixture goes on, greedily.
         seconds: the whole run.
@@ -113,7 +119,7 @@ def run_demo(
     settings: Settings | None = None,
     progress: Progress | None = None,
 ) -> DemoResult:
-    """Train what is not there yet, merge `seed code math prose`, and measure every seed and the mixture.
+    """Train what is not there yet, merge `seed code math prose`, train the mixture, and measure them all.
 
     Args:
         family: one of `FAMILIES`: "llama" has a sequential block, "cohere2" a parallel one.
@@ -140,11 +146,11 @@ def run_demo(
         for stage in _trainings(folder, key, family, tokenizer, train_text, settings):
             _train_missing(pool, stage, report)
         seeds = {name: folder / name for name in (SEED, *SPECIALISTS)}
-        mixture = _merge(mix, list(seeds.values()), folder, report)
+        merged = _merge(mix, list(seeds.values()), folder, report)
+        mixture = _train_mixture(merged, folder, tokenizer, train_text, settings, report)
         report("measuring held-out loss")
-        futures = {
-            name: pool.submit(measure, path, heldout) for name, path in (seeds | {mixture.name: mixture}).items()
-        }
+        models = seeds | {f"{merged.name}, as merged": merged, f"{merged.name}, trained": mixture}
+        futures = {name: pool.submit(measure, path, heldout) for name, path in models.items()}
         losses = {name: future.result() for name, future in futures.items()}
         prompt, sample = pool.submit(_sample, mixture, heldout["code"][0][:32]).result()
     return DemoResult(losses, mixture, prompt, sample, time.monotonic() - began)
@@ -367,6 +373,37 @@ def _merge(recipe: Recipe, seeds: Sequence[Path], folder: Path, report: Progress
     result = merge(plan, out, overwrite=True)
     report(f"{out.name}: merged in {result.seconds:.1f} s")
     return out
+
+
+def _train_mixture(
+    merged: Path, folder: Path, tokenizer: Any, text: Text, settings: Settings, report: Progress
+) -> Path:
+    """The third phase: every domain in equal shares, as `upcycle train` does it by default."""
+    data = {}
+    for domain, documents in text.items():
+        file = folder / "tokens" / f"{domain}.npy"
+        file.parent.mkdir(exist_ok=True)
+        np.save(file, encode(tokenizer, documents))
+        data[domain] = str(file)
+    options = TrainingOptions(
+        model=merged,
+        data=data,
+        out=folder / f"{merged.name}-trained",
+        steps=settings.mixture_steps,
+        shares=parse_shares([], data),
+        sequence_length=settings.context,
+        batch_size=settings.batch,
+        random_seed=settings.random_seed,
+        overwrite=True,
+    )
+
+    def watch(event: Mapping[str, Any]) -> None:
+        if event["event"] == "step" and event["step"] % REPORTED == 0:
+            report(f"{merged.name}: step {event['step']} of {settings.mixture_steps}, loss {event['nll']:.3f}")
+
+    result = train_checkpoint(options, watch)
+    report(f"{merged.name}: trained in {result.seconds:.0f} s")
+    return result.out
 
 
 def measure(folder: Path, heldout: Tokens) -> dict[str, float]:

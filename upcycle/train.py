@@ -9,7 +9,7 @@ import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -27,6 +27,7 @@ from upcycle.losses import RouterLosses, forward_losses
 from upcycle.optimization import add_lora, choose_trained, forget_others, make_optimizer, parse_trained
 from upcycle.run_folder import RunFolder, copy_companions
 from upcycle.schedules import schedule
+from upcycle.speed import matmul_rate
 from upcycle.stream import MAX_EPOCHS, Batch, TokenStream
 from upcycle.training_settings import ModelFacts, Settings, TrainingOptions, read_facts, resolve
 from upcycle.training_state import load_state, save_state
@@ -80,7 +81,9 @@ def train(
     """
     facts = read_facts(options.model)
     quiet_transformers()
-    sharded = options.shard or os.environ.pop("ACCELERATE_USE_FSDP", "false").lower() == "true"
+    # What accelerate would shard is sharded here instead, where each process reads its share alone.
+    sharded = os.environ.pop("ACCELERATE_USE_FSDP", "false").lower() == "true" or options.shard
+    options = replace(options, shard=sharded)
     accelerator = _accelerator(options)
     settings, reasons = resolve(options, facts, accelerator.num_processes, accelerator.device.type == "cuda")
     run = RunFolder(options.out)
@@ -88,7 +91,7 @@ def train(
         with _one_by_one(accelerator):
             if accelerator.is_main_process:
                 run.open(options.resume, options.overwrite)
-        training = _Training(options, settings, facts, accelerator, run, watch, sharded)
+        training = _Training(options, settings, facts, accelerator, run, watch)
         return training.run_all(reasons, stop)
     finally:
         run.close()
@@ -99,13 +102,18 @@ def _accelerator(options: TrainingOptions) -> Accelerator:
     precision = options.precision or ("bf16" if torch.cuda.is_available() else "fp32")
     # Left alone, accelerate takes several processes without a GPU for strangers to one another.
     several = int(os.environ.get("WORLD_SIZE", "1")) > 1
-    return Accelerator(
-        cpu=several and not torch.accelerator.is_available(),
-        mixed_precision="bf16" if precision == "bf16" else "no",
-        log_with=options.log_with,
-        project_dir=str(options.out),
-        step_scheduler_with_optimizer=False,
-    )
+    try:
+        accelerator = Accelerator(
+            cpu=several and not torch.accelerator.is_available(),
+            mixed_precision="bf16" if precision == "bf16" else "no",
+            log_with=options.log_with,
+            project_dir=str(options.out),
+        )
+    except ValueError as error:  # an unknown tracker, or a precision that the device has not
+        raise TrainingError(f"accelerate refuses these options: {error}") from error
+    if options.log_with and not accelerator.log_with:
+        raise TrainingError(f"--log-with {options.log_with}: that tracker is not installed (pip install it)")
+    return accelerator
 
 
 @contextmanager
@@ -139,10 +147,9 @@ class _Training:
         accelerator: Accelerator,
         run: RunFolder,
         watch: Watch,
-        sharded: bool,
     ) -> None:
         self.options, self.settings, self.facts = options, settings, facts
-        self.accelerator, self.run, self.sharded = accelerator, run, sharded
+        self.accelerator, self.run, self.sharded = accelerator, run, settings.shard
         self.main = accelerator.is_main_process
         self._watch = watch
         self.warnings: list[str] = []
@@ -344,6 +351,7 @@ class _Training:
             trained_parameters=sum(parameter.numel() for parameter in self.trained),
             parameters=sum(parameter.numel() for parameter in self.model.parameters()),
             training_flops_per_token=self.facts.training_flops(settings.sequence_length),
+            peak_flops=settings.processes * matmul_rate(self.accelerator.device, settings.precision),
             experts=list(self.facts.experts),
         )
 
