@@ -1,11 +1,11 @@
 """The paper's comparison in small: seeds, their mean, and mixtures after the same training, by held-out loss.
 
-    python benchmarks/paper_table.py DIR [--work FOLDER] [--workers 2]
+    python benchmarks/paper_table.py DIR [--work FOLDER] [--workers 2] [--specialists code law math]
 
 DIR is laid out as `benchmarks/make_seeds.py` leaves it: dense checkpoints `seed`, `code`, `law`, `math` (`general` if
-there), `tokens/DOMAIN.train.npy`, `heldout/DOMAIN.heldout.npy`, and the same once more under `parallel/`, where blocks
-are parallel. Every mixture of `seed code law math` is trained as long, on the same sequences, with three random seeds
-(routers, order of the data); then once more for as many steps as give the training FLOPs of `btx-top1` (`upcycle
+there), `tokens/DOMAIN.train.npy`, `heldout/DOMAIN.heldout.npy`, and the models once more under `parallel/`, where
+blocks are parallel. Every mixture of `seed code law math` is trained as long, on the same sequences, with three random
+seeds (routers, order of the data); then once more for as many steps as give the training FLOPs of `btx-top1` (`upcycle
 plan`), as in the paper's "same compute". Finished runs are found again in the work folder, so a broken-off table goes
 on.
 """
@@ -23,8 +23,7 @@ from pathlib import Path
 from typing import Any
 
 STEPS, BATCH, LENGTH, RATE = 120, 8, 256, 1e-3
-SEEDS = ("seed", "code", "law", "math")
-DOMAINS = ("docs", "code", "law", "math")
+SPECIALISTS = ("code", "law", "math")
 MIXTURES = ("btx-top1", "btx", "bam-kv-shared", "bam")
 REFERENCE = "btx-top1"
 DENSE = "seed, trained on"
@@ -48,13 +47,14 @@ class Set:
     data: Path
     models: Path
     work: Path
+    specialists: tuple[str, ...]
 
     def tokens(self, kind: str) -> list[str]:
         folder = self.data / ("tokens" if kind == "train" else "heldout")
-        return [f"{domain}={folder / f'{domain}.{kind}.npy'}" for domain in DOMAINS]
+        return [f"{domain}={folder / f'{domain}.{kind}.npy'}" for domain in domains(self.specialists)]
 
     def seeds(self) -> list[str]:
-        return [str(self.models / name) for name in SEEDS]
+        return [str(self.models / name) for name in ("seed", *self.specialists)]
 
     def flops(self, recipe: str) -> int:
         """Training FLOPs a token."""
@@ -92,15 +92,20 @@ class Set:
         return result["heldout"]  # type: ignore[no-any-return]
 
 
+def domains(specialists: tuple[str, ...]) -> list[str]:
+    return ["docs", *specialists]
+
+
 def mean(losses: dict[str, float]) -> float:
-    return sum(losses[domain] for domain in DOMAINS) / len(DOMAINS)
+    return statistics.mean(losses.values())
 
 
 def table(rows: list[tuple[str, int, str, list[dict[str, float]]]]) -> str:
     """Markdown: mean over random seeds, and for the mean of the domains the spread (standard deviation)."""
-    lines = ["| model | steps | FLOPs | " + " | ".join(DOMAINS) + " | mean |", "|---|---|---|" + "---|" * 5]
+    names = list(rows[0][3][0])
+    lines = [f"| model | steps | FLOPs | {' | '.join(names)} | mean |", "|---|---|---|" + "---|" * (len(names) + 1)]
     for name, steps, flops, runs in rows:
-        cells = [f"{statistics.mean(run[domain] for run in runs):.3f}" for domain in DOMAINS]
+        cells = [f"{statistics.mean(run[domain] for run in runs):.3f}" for domain in names]
         means = [mean(run) for run in runs]
         spread = f" ± {statistics.stdev(means):.3f}" if len(means) > 1 else ""
         lines.append(
@@ -116,9 +121,16 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=2, help="runs side by side, one thread each")
     parser.add_argument("--random-seeds", type=int, default=3)
     parser.add_argument("--sets", nargs="+", default=["llama", "parallel"])
+    parser.add_argument("--specialists", nargs="+", default=SPECIALISTS)
     options = parser.parse_args()
     sets = [
-        Set(name, options.folder, options.folder / name if name == "parallel" else options.folder, options.work)
+        Set(
+            name,
+            options.folder,
+            options.folder / name if name == "parallel" else options.folder,
+            options.work,
+            tuple(options.specialists),
+        )
         for name in options.sets
     ]
     plans: list[tuple[Set, str, int, int]] = []

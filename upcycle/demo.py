@@ -143,8 +143,8 @@ def run_demo(
     tokenizer = make_tokenizer(folder / "tokenizer", key, train_text, settings)
     heldout = {domain: windows(encode(tokenizer, text), settings.context) for domain, text in heldout_text.items()}
     with _workers() as pool:
-        for stage in _trainings(folder, key, family, tokenizer, train_text, settings):
-            _train_missing(pool, stage, report)
+        for stage in trainings(folder, key, family, tokenizer, train_text, settings):
+            train_missing(pool, stage, report)
         seeds = {name: folder / name for name in (SEED, *SPECIALISTS)}
         merged = _merge(mix, list(seeds.values()), folder, report)
         mixture = _train_mixture(merged, folder, tokenizer, train_text, settings, report)
@@ -156,14 +156,14 @@ def run_demo(
     return DemoResult(losses, mixture, prompt, sample, time.monotonic() - began)
 
 
-def read_text(data: Path, split: str) -> dict[str, list[str]]:
+def read_text(data: Path, split: str, domains: Sequence[str] = DOMAINS) -> dict[str, list[str]]:
     """The documents of a split, "train" or "heldout", by domain.
 
     Raises:
         UpcycleError: a file that is missing or damaged.
     """
     text = {}
-    for domain in DOMAINS:
+    for domain in domains:
         file = data / f"{domain}.{split}.jsonl"
         try:
             with file.open(encoding="utf-8") as lines:
@@ -215,7 +215,7 @@ def make_tokenizer(folder: Path, key: str, text: Text, settings: Settings) -> An
             initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
             show_progress=False,
         )
-        tokenizer.train_from_iterator((document for domain in DOMAINS for document in text[domain]), trainer)
+        tokenizer.train_from_iterator((document for documents in text.values() for document in documents), trainer)
         special = dict.fromkeys(("bos_token", "eos_token", "pad_token"), END_OF_TEXT)
         with finished(folder, key) as partial:
             PreTrainedTokenizerFast(
@@ -240,19 +240,22 @@ def windows(stream: Array, context: int) -> Array:
     return stream[: len(stream) // context * context].reshape(-1, context)
 
 
-def _trainings(
-    folder: Path, key: str, family: str, tokenizer: Any, text: Text, settings: Settings
+def trainings(
+    folder: Path, key: str, family: str, tokenizer: Any, text: Text, settings: Settings, *, general: bool = False
 ) -> Iterator[list[Training]]:
-    """The trainings in two stages, each of which can run side by side: the seed, then its specialists."""
+    """The trainings in two stages, each of which can run side by side: the seed, then a specialist a domain.
+
+    With `general` the second stage also holds a control, the seed trained on as long on every domain.
+    """
     tokens = {domain: encode(tokenizer, documents) for domain, documents in text.items()}
-    general = dict.fromkeys(DOMAINS, 1 / len(DOMAINS))
+    equal = dict.fromkeys(text, 1 / len(text))
     seed, same = folder / SEED, (key, family, folder / "tokenizer")
-    yield [Training(seed, *same, None, general, tokens, settings.seed_steps, settings.seed_learning_rate, settings)]
+    yield [Training(seed, *same, None, equal, tokens, settings.seed_steps, settings.seed_learning_rate, settings)]
     steps, rate = settings.specialist_steps, settings.specialist_learning_rate
     specialists = []
-    for name in SPECIALISTS:
-        mix = {domain: share * (1 - settings.own_share) for domain, share in general.items()}
-        mix[name] += settings.own_share
+    for name in (*list(text)[1:], *(["general"] if general else [])):
+        own = settings.own_share if name in text else 0.0
+        mix = {domain: share * (1 - own) + (own if domain == name else 0) for domain, share in equal.items()}
         specialists.append(Training(folder / name, *same, seed, mix, tokens, steps, rate, settings))
     yield specialists
 
@@ -261,20 +264,22 @@ def _trainings(
 def _workers() -> Iterator[Executor]:
     # Processes rather than threads: at this size a second thread within one training slows it down.
     context = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(WORKERS, context, initializer=_prepare_worker)
+    pool = ProcessPoolExecutor(WORKERS, context, initializer=prepare_worker)
     try:
         yield pool
     finally:
         pool.shutdown(cancel_futures=True)
 
 
-def _prepare_worker() -> None:
+def prepare_worker() -> None:
+    """Make a worker process of the trainings: one thread, no progress bars, an end without a traceback."""
     torch.set_num_threads(1)
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C reaches every process: end without a traceback
     logging.disable_progress_bar()  # transformers' own bars, one for each model that is read or written
 
 
-def _train_missing(pool: Executor, trainings: Sequence[Training], report: Progress) -> None:
+def train_missing(pool: Executor, trainings: Sequence[Training], report: Progress) -> None:
+    """Run the trainings whose models are not there yet, side by side."""
     missing = [training for training in trainings if not is_finished(training.out, training.key)]
     for training in trainings:
         doing = f"training, {training.steps} steps" if training in missing else "found, nothing to train"
