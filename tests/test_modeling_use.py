@@ -195,6 +195,13 @@ def test_switches_reach_every_layer(case, made):
         torch.testing.assert_close(logits, results["eager", "eager"], atol=1e-5, rtol=0)
 
 
+def test_an_experts_implementation_can_be_chosen_while_loading(made, tmp_path):
+    made("llama", "bam")
+    for name in ("eager", "grouped_mm"):
+        model = AutoModelForCausalLM.from_pretrained(tmp_path / "llama-bam", experts_implementation=name)
+        assert model.dense.model.layers[0].mlp.experts.config._experts_implementation == name
+
+
 def test_switches_call_what_they_name(made, monkeypatch):
     from transformers import AttentionInterface
     from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS

@@ -268,6 +268,27 @@ def test_a_nan_never_reaches_the_weights(mixture: Path, data: dict[str, str], tm
     )
 
 
+def test_activation_checkpointing_and_bf16_compute_the_same(
+    mixture: Path, data: dict[str, str], tmp_path: Path
+) -> None:
+    run(mixture, data, tmp_path / "plain")
+    run(mixture, data, tmp_path / "twice", activation_checkpointing=True)
+    assert metrics(tmp_path / "twice", "loss") == pytest.approx(metrics(tmp_path / "plain", "loss"), rel=1e-6)
+    done = run_cli(*arguments(mixture, data, tmp_path / "half", "--steps", 6, "--precision", "bf16"))
+    assert done.returncode == 0, done.stderr
+    half = metrics(tmp_path / "half", "loss")
+    assert half == pytest.approx(metrics(tmp_path / "plain", "loss"), rel=1e-2)
+    assert half != metrics(tmp_path / "plain", "loss")
+
+
+def test_unknown_trackers_are_refused(mixture: Path, data: dict[str, str], tmp_path: Path) -> None:
+    for tracker, message in (("nonsense", "accelerate refuses"), ("swanlab", "not installed")):
+        done = run_cli(*arguments(mixture, data, tmp_path / "out", "--steps", 1, "--log-with", tracker))
+        assert (done.returncode, done.stdout) == (1, "")
+        assert message in done.stderr
+    assert not (tmp_path / "out").exists()
+
+
 def test_chats_count_the_assistants_words(base_seed: Path, tmp_path: Path) -> None:
     template = "{% for m in messages %} {{ m.content }}{% endfor %}"
     edit_json(base_seed / "tokenizer_config.json", chat_template=template, eos_token="word2")

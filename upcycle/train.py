@@ -300,7 +300,9 @@ class _Training:
         kind, _ = parse_trained(settings.trained)
         choose_trained(model, kind, self.facts.attention_experts)
         if settings.activation_checkpointing:
-            model.gradient_checkpointing_enable({"use_reentrant": False})
+            # The method's old name; transformers renames it.
+            enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+            enable({"use_reentrant": False})
         if settings.lora:
             model = add_lora(model, settings.lora)
         self.model = model  # as it is written; `self.wrapped` is what computes
