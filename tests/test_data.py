@@ -91,6 +91,43 @@ def test_npy_is_taken_as_it_is(tmp_path: Path) -> None:
     assert read(None, tmp_path, tmp_path / "a.npy").tokens.tolist() == list(range(12))
 
 
+def test_a_hub_dataset_is_streamed_until_there_is_enough(
+    tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import datasets
+
+    seen = []
+
+    def rows() -> Any:
+        for number in range(100_000):
+            seen.append(number)
+            yield {"text": f"word{number % 80 + 5} " * 2000, "id": number}
+
+    def load(name: str, split: str, streaming: bool) -> Any:
+        assert (name, split, streaming) == ("org/set", "train", True)
+        return datasets.IterableDataset.from_generator(rows)
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    monkeypatch.setattr("upcycle.data.SHUFFLE_BUFFER", 20)
+    config = {"vocab_size": VOCAB}
+
+    def first(folder: str, random_seed: int) -> Any:
+        domain = prepare_domain(
+            "--data", "code", "org/set", tmp_path / folder, tokenizer, config, random_seed=random_seed, enough=150_000
+        )
+        assert domain.tokens.size >= 150_000
+        return domain.tokens[::2001].tolist()
+
+    one = first("one", 1)
+    assert len(seen) < 400, "more was read than needed"
+    assert one == first("again", 1) != first("other", 2)
+
+
+def test_a_hub_dataset_that_cannot_be_had(tokenizer: Any, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="--data code=org/none is no file, and cannot be had as a Hub dataset"):
+        read(tokenizer, tmp_path, "org/none")
+
+
 BAD = {
     "an empty file": ("a.jsonl", b"", "a.jsonl is empty"),
     "binary junk": ("a.jsonl", b'{"text": "word1"}\n\xff\xfe\x00\n', "a.jsonl, line 2"),

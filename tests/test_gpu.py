@@ -1,0 +1,43 @@
+"""The training on a real GPU; `pytest -m gpu` on a machine that has one."""
+
+import importlib.util
+from collections.abc import Mapping
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.test_train import arguments, data, metrics, mixture, run_cli  # noqa: F401
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
+]
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "adamw-8bit", "adamw-offload"])
+def test_training_in_bf16_lowers_the_loss(
+    optimizer: str,
+    mixture: Path,  # noqa: F811
+    data: Mapping[str, str],  # noqa: F811
+    tmp_path: Path,
+) -> None:
+    if optimizer != "adamw" and importlib.util.find_spec("torchao") is None:
+        pytest.skip("torchao is not installed")
+    more = ("--steps", 40, "--optimizer", optimizer)
+    done = run_cli(*arguments(mixture, data, tmp_path / "out", *more))
+    assert done.returncode == 0, done.stderr
+    losses = metrics(tmp_path / "out", "nll")
+    assert losses[-1] < losses[0] - 1
+
+
+def test_fp32_on_the_gpu_is_fp32_on_the_host(
+    mixture: Path,  # noqa: F811
+    data: Mapping[str, str],  # noqa: F811
+    tmp_path: Path,
+) -> None:
+    for name, devices in (("gpu", "0"), ("host", "")):
+        more = ("--steps", 3, "--precision", "fp32")
+        done = run_cli(*arguments(mixture, data, tmp_path / name, *more), CUDA_VISIBLE_DEVICES=devices)
+        assert done.returncode == 0, done.stderr
+    assert metrics(tmp_path / "gpu", "loss") == pytest.approx(metrics(tmp_path / "host", "loss"), rel=1e-4)
