@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from upcycle.plan import MergePlan
-    from upcycle.scaling import Cost
+    from upcycle.scaling import Cost, ParallelTraining
 
+CARD = 80 * 10**9  # bytes of a common GPU
 MAX_MESSAGE = 2000  # characters: a name in a message may come from a damaged file
 
 
@@ -130,6 +131,25 @@ def cost_table(title: str, cost: "Cost", dense: "Cost | None", context: int) -> 
             row += [f"{one:,}", f"{mixed / one:.2f}"]
         rows.append(row)
     table(title, ["", "Mixture", "One seed", "Ratio"] if dense else ["", ""], rows)
+
+
+def training_table(training: "ParallelTraining", sequences: int, sequence_length: int, precision: str) -> None:
+    """What training takes of each of several GPUs, and which way of training fits a common one."""
+    names = {
+        "weights_bytes": "Weights",
+        "gradients_bytes": "Gradients",
+        "optimizer_bytes": "Optimizer",
+        "activations_bytes": "Activations",
+        "total_bytes": "Total, at the peak",
+        "communication_bytes": "Sent per step",
+    }
+    ways = {"DDP": training.ddp, "FSDP2": training.fsdp2, "Expert parallel": training.expert_parallel}
+    rows = [[name, *(size(way[key]) if key in way else "–" for way in ways.values())] for key, name in names.items()]
+    gpus = f"{training.gpus} GPUs" if training.gpus > 1 else "1 GPU"
+    shape = f"{sequences} × {sequence_length} tokens, {precision}, AdamW"
+    table(f"Training on {gpus}, each: {shape} (estimated)", ["", *ways], rows)
+    fitting = [name for name, way in ways.items() if way.get("total_bytes", CARD) < CARD]
+    data_line(f"Fits a card of {size(CARD)}: {' and '.join(fitting) or 'neither'}")
 
 
 def loading_lines(out: Path, remote_code: bool) -> list[str]:

@@ -325,6 +325,16 @@ def test_what_is_refused_before_the_first_step(mixture: Path, data: dict[str, st
         assert not (tmp_path / "out" / "metrics.jsonl").exists()
 
 
+def test_what_cannot_fit_is_refused_with_the_arithmetic(
+    mixture: Path, data: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("upcycle.train.free_memory", lambda *_: 400_000)
+    with pytest.raises(TrainingError, match=r"takes 0\.00 GB of a device \(weights .* --lora 16, .*--sequence-length"):
+        run(mixture, data, tmp_path / "out")
+    assert not (tmp_path / "out" / "metrics.jsonl").exists()
+    run(mixture, data, tmp_path / "small", trained="routers", micro_batch_size=1, steps=1)
+
+
 def test_former_output_is_safe(mixture: Path, data: dict[str, str], tmp_path: Path) -> None:
     out = tmp_path / "out"
     out.mkdir()

@@ -2,12 +2,13 @@
 
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 from upcycle.checkpoint import MAX_SHARD_SIZE, plan_shards, read_json
 from upcycle.dense_config import read_dense
 from upcycle.errors import RecipeError
 from upcycle.layout import Layout, make_layout
+from upcycle.memory import BF16, FP32, held, training_memory
 from upcycle.numeric import TORCH_NAMES
 from upcycle.plan import MergePlan, check_recipe
 from upcycle.recipe import MEAN, ROLES, Recipe
@@ -102,21 +103,93 @@ def config_cost(
         RecipeError: no number of experts, or a recipe that cannot serve the family.
         SeedError, CheckpointError: a config that cannot be read.
     """
+    config, layout, experts = _config_layout(recipe, config_file, num_experts)
+    written = dtype or _dtype_of(config)
+    return Estimate(
+        format="bam" if recipe.ffn_experts else "dense",
+        model_type="bam" if recipe.ffn_experts else config["model_type"],
+        architecture=layout.model.family.architecture,
+        num_experts=experts,
+        cost=layout_cost(layout, recipe, experts, _files(layout, written, max_shard_size), context),
+        dense=dense_cost(layout, written, context, max_shard_size),
+    )
+
+
+def _config_layout(recipe: Recipe, config_file: Path, num_experts: int | None) -> tuple[dict[str, Any], Layout, int]:
+    """A config.json, the layout of mixing models of it, and the result's number of experts."""
     config = read_json(config_file)
     model = read_dense(config, str(config_file))
     if num_experts is None or num_experts < 2:
         raise RecipeError(f"--config needs --num-experts, 2 or more; found {num_experts}")
     check_recipe(recipe, model, num_experts)
-    layout = make_layout(model, recipe, num_experts)
-    written = dtype or _dtype_of(config)
-    experts = num_experts if recipe.ffn_experts else 1
-    return Estimate(
-        format="bam" if recipe.ffn_experts else "dense",
-        model_type="bam" if recipe.ffn_experts else config["model_type"],
-        architecture=model.family.architecture,
-        num_experts=experts,
-        cost=layout_cost(layout, recipe, experts, _files(layout, written, max_shard_size), context),
-        dense=dense_cost(layout, written, context, max_shard_size),
+    return config, make_layout(model, recipe, num_experts), num_experts if recipe.ffn_experts else 1
+
+
+@dataclass(frozen=True)
+class ParallelTraining:
+    """Bytes of each of several GPUs in one training step with AdamW, everything trained.
+
+    Attributes:
+        ddp, fsdp2: `weights_bytes`, `gradients_bytes`, `optimizer_bytes`, `activations_bytes`, the peak `total_bytes`
+            (below their sum, since activations go as gradients come) and `communication_bytes`, sent in a step.
+        expert_parallel: `communication_bytes` of its all-to-alls.
+    """
+
+    gpus: int
+    ddp: dict[str, int]
+    fsdp2: dict[str, int]
+    expert_parallel: dict[str, int]
+
+
+def config_training(
+    recipe: Recipe,
+    config_file: Path,
+    num_experts: int | None,
+    gpus: int,
+    sequences: int,
+    sequence_length: int,
+    precision: str = "bf16",
+) -> ParallelTraining:
+    """What training the mixture of `config_cost` takes of each GPU; `sequences` are those of one GPU and forward.
+
+    Communication: DDP all-reduces the fp32 gradients in a ring, 2 (N - 1) / N of their bytes. FSDP2 gathers the weights
+    in bf16 twice and reduce-scatters the gradients in fp32, (N - 1) / N of each, padding included. Expert parallelism
+    sends each token to its experts and back, in every layer, and again in the backward: 4 k D numbers in bf16, (N - 1)
+    / N of them away.
+
+    Raises:
+        RecipeError, SeedError, CheckpointError: as `config_cost`.
+    """
+    _, layout, experts = _config_layout(recipe, config_file, num_experts)
+    parameters = sum(tensor.size for tensor in layout.mixture)
+    padded = gpus * sum(held(tensor, tensor.size, gpus) for tensor in layout.mixture)
+
+    def each(shards: int, sent: int) -> dict[str, int]:
+        memory = training_memory(
+            layout,
+            recipe,
+            experts,
+            sequences=sequences,
+            sequence_length=sequence_length,
+            precision=precision,
+            shards=shards,
+        )
+        return {
+            "weights_bytes": memory.weights,
+            "gradients_bytes": memory.gradients,
+            "optimizer_bytes": memory.optimizer,
+            "activations_bytes": memory.activations,
+            "total_bytes": memory.total,
+            "communication_bytes": sent * (gpus - 1) // gpus,
+        }
+
+    sizes, top_k = layout.model.sizes, recipe.ffn_router.top_k if recipe.ffn_experts else 0
+    away = 4 * BF16 * sizes.layers * sequences * sequence_length * top_k * sizes.hidden
+    return ParallelTraining(
+        gpus=gpus,
+        ddp=each(1, 2 * FP32 * parameters),
+        fsdp2=each(gpus, (2 * BF16 + FP32) * padded),
+        expert_parallel={"communication_bytes": away * (gpus - 1) // gpus},
     )
 
 

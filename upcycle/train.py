@@ -14,16 +14,19 @@ from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
+import psutil
 import torch
 from accelerate import Accelerator
-from accelerate.utils import set_seed
+from accelerate.utils import DistributedDataParallelKwargs, set_seed
 from torch.distributed.device_mesh import init_device_mesh
 
 from upcycle.checkpoint import free_bytes, partial_folder, staging
 from upcycle.data import Domain, fingerprint, prepare_domain
 from upcycle.errors import OutputError, TrainingError
 from upcycle.evaluate import Heldout, heldout_windows, measure
+from upcycle.experts import use_autocast_experts
 from upcycle.losses import RouterLosses, forward_losses
+from upcycle.memory import training_memory
 from upcycle.optimization import add_lora, choose_trained, forget_others, make_optimizer, parse_trained
 from upcycle.run_folder import RunFolder, copy_companions
 from upcycle.schedules import schedule
@@ -108,6 +111,8 @@ def _accelerator(options: TrainingOptions) -> Accelerator:
             mixed_precision="bf16" if precision == "bf16" else "no",
             log_with=options.log_with,
             project_dir=str(options.out),
+            # Without it DDP holds every gradient twice.
+            kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True)],
         )
     except ValueError as error:  # an unknown tracker, or a precision that the device has not
         raise TrainingError(f"accelerate refuses these options: {error}") from error
@@ -171,6 +176,7 @@ class _Training:
         with _one_by_one(self.accelerator):
             self._keep_record(domains, reasons)
         self._warn_of_epochs()
+        self._check_memory()
         set_seed(settings.random_seed)
         self._build()
         self._resume()
@@ -290,6 +296,48 @@ class _Training:
                     "and later harms (arXiv:2305.16264, arXiv:2305.13230): give more text or fewer --steps"
                 )
 
+    def _check_memory(self) -> None:
+        """Refuse what cannot fit into one device's memory.
+
+        Raises:
+            TrainingError: the arithmetic, and what would help.
+        """
+        settings, facts = self.settings, self.facts
+        if facts.layout is None:
+            return
+        kind, _ = parse_trained(settings.trained)
+        memory = training_memory(
+            facts.layout,
+            facts.recipe,
+            facts.num_experts,
+            sequences=settings.micro_batch_size,
+            sequence_length=settings.sequence_length,
+            precision=settings.precision,
+            optimizer=settings.optimizer,
+            trained=kind,
+            lora_rank=settings.lora,
+            activation_checkpointing=settings.activation_checkpointing,
+            shards=settings.processes if settings.shard else 1,
+        )
+        # Where gradients are accumulated they are there beside the next forward's activations.
+        needed = memory.total + (memory.overlap if settings.accumulation > 1 else 0)
+        free = free_memory(self.accelerator.device, settings.processes)
+        if needed > free:
+            ways = {
+                "--micro-batch-size 1": settings.micro_batch_size > 1,
+                "--activation-checkpointing": not settings.activation_checkpointing,
+                "--lora 16": not settings.lora,
+                "--optimizer adamw-8bit": settings.optimizer == "adamw" and self.accelerator.device.type == "cuda",
+                "--shard on several processes": not settings.shard,
+                "a shorter --sequence-length": True,
+            }
+            raise TrainingError(
+                f"this training takes {needed / 1e9:.2f} GB of a device (weights {memory.weights / 1e9:.2f}, gradients "
+                f"{memory.gradients / 1e9:.2f}, optimizer {memory.optimizer / 1e9:.2f}, activations "
+                f"{memory.activations / 1e9:.2f}), and {free / 1e9:.2f} GB are free; what helps: "
+                + ", ".join(way for way, open_ in ways.items() if open_)
+            )
+
     def _build(self) -> None:
         options, settings, accelerator = self.options, self.settings, self.accelerator
         if self.sharded:
@@ -303,11 +351,13 @@ class _Training:
             # The method's old name; transformers renames it.
             enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
             enable({"use_reentrant": False})
+        if settings.precision == "bf16" and self.facts.top_k and not self.sharded:
+            use_autocast_experts(model)
         if settings.lora:
             model = add_lora(model, settings.lora)
         self.model = model  # as it is written; `self.wrapped` is what computes
         model.train()
-        if self.sharded:
+        if self.sharded:  # gathered and computed in bf16 where that was asked for
             self.wrapped = model
         else:
             self.wrapped = accelerator.prepare(model)
@@ -482,6 +532,13 @@ class _Training:
         if self.main:
             self.run.prune()
         self.tell("checkpoint", step=self.step, folder=str(target), bytes=written)
+
+
+def free_memory(device: torch.device, processes: int) -> int:
+    """Bytes that a process may take of its device's memory: a GPU's free ones, or its part of the host's."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    return int(psutil.virtual_memory().available) // processes
 
 
 def _tokenizer(folder: Path) -> Any:
