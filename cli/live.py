@@ -1,5 +1,6 @@
 """What a training shows while it runs: a live view on a terminal, nothing elsewhere but warnings."""
 
+import os
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -21,7 +22,7 @@ def training_view() -> Iterator[Callable[[Mapping[str, Any]], None]]:
     from rich.live import Live
 
     console = Console(stderr=True)
-    if not console.is_terminal:
+    if not console.is_terminal or os.environ.get("RANK", "0") != "0":
         yield lambda event: output.warning(event["message"]) if event["event"] == "warning" else None
         return
     view = _View()
@@ -29,7 +30,7 @@ def training_view() -> Iterator[Callable[[Mapping[str, Any]], None]]:
 
         def watch(event: Mapping[str, Any]) -> None:
             if event["event"] == "warning":
-                live.console.print(f"[yellow]warning:[/] {event['message']}", highlight=False, soft_wrap=True)
+                output.warning(event["message"])
             if event["event"] == "start":
                 for name, reason in event["reasons"].items():
                     value = event["settings"][name]

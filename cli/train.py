@@ -1,8 +1,8 @@
 """`upcycle train`: a mixture, or a dense model, trained on a mix of domains."""
 
+import os
 import signal
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -119,11 +119,19 @@ def train(
     )
     from .live import training_view
 
-    with _stop_on_signals() as came, training_view() as watch:
-        result = run(options, watch, lambda: bool(came))
+    with _Stop() as stop, training_view() as watch:
+
+        def see(event: Mapping[str, Any]) -> None:
+            if event["event"] == "start":
+                stop.listen()
+            watch(event)
+
+        if os.environ.get("RANK", "0") != "0":
+            stop.listen()  # events come to the first process alone
+        result = run(options, see, lambda: bool(stop.came))
     if _is_main():
         _show(result, as_json)
-    if not result.finished and signal.SIGTERM not in came:
+    if not result.finished and signal.SIGTERM not in stop.came:
         raise typer.Exit(130)
 
 
@@ -133,24 +141,31 @@ def _is_main() -> bool:
     return bool(PartialState().is_main_process)
 
 
-@contextmanager
-def _stop_on_signals() -> Iterator[list[int]]:
-    """Note SIGINT and SIGTERM in the list instead of breaking off; a second SIGINT breaks off."""
-    came: list[int] = []
+class _Stop:
+    """SIGINT and SIGTERM end a training after the step at hand; before its first step, and the second time, at once."""
 
-    def note(number: int, _: object) -> None:
-        if number in came and number == signal.SIGINT:
+    def __init__(self) -> None:
+        self.came: list[int] = []
+        self._former: dict[signal.Signals, Any] = {}
+
+    def listen(self) -> None:
+        """From now on there is something to save."""
+        for number in (signal.SIGINT, signal.SIGTERM):
+            handler = signal.getsignal(number)
+            if handler != signal.SIG_IGN:
+                self._former[number] = handler
+                signal.signal(number, self._note)
+
+    def _note(self, number: int, _: object) -> None:
+        if number in self.came and number == signal.SIGINT:
             raise KeyboardInterrupt
-        came.append(number)
+        self.came.append(number)
 
-    former = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    for number, handler in former.items():
-        if handler != signal.SIG_IGN:
-            signal.signal(number, note)
-    try:
-        yield came
-    finally:
-        for number, handler in former.items():
+    def __enter__(self) -> "_Stop":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._former.items():
             signal.signal(number, handler)
 
 

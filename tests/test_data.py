@@ -75,8 +75,10 @@ def test_the_loss_of_a_chat_counts_the_assistants_turns_alone(tokenizer: Any, tm
 def test_a_second_start_finds_the_tokens(tokenizer: Any, tmp_path: Path) -> None:
     file = jsonl(tmp_path / "a.jsonl", {"text": "word5 word6"})
     first = read(tokenizer, tmp_path, file).tokens.tolist()
-    jsonl(file, {"text": "word7"})
     assert read(None, tmp_path, file).tokens.tolist() == first
+    jsonl(file, {"text": "word7"})
+    with pytest.raises(DataError, match="other files than when this training began, or changed ones"):
+        read(tokenizer, tmp_path, file)
 
 
 def test_a_document_longer_than_a_batch_is_whole(tokenizer: Any, tmp_path: Path) -> None:

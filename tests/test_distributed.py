@@ -14,7 +14,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from tests.conftest import merge_and_load
 from tests.test_train import arguments, data, metrics, mixture, run_cli  # noqa: F401
+from tests.tiny import BY_NAME, make_seeds
 
 LAUNCH = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
 SIZES = ("--micro-batch-size", 1, "--steps", 6, "--save-every", 3)
@@ -116,10 +118,13 @@ with torch.no_grad():
 """
 
 
-def test_a_sharded_model_holds_its_share_and_is_written_byte_for_byte(mixture: Path, tmp_path: Path) -> None:  # noqa: F811
+@pytest.mark.parametrize("case", ["llama", "llama-biases"], ids=["untied", "tied"])
+def test_a_sharded_model_holds_its_share_and_is_written_byte_for_byte(case: str, tmp_path: Path) -> None:
+    folder = tmp_path / "mixture"
+    merge_and_load(make_seeds(BY_NAME[case], tmp_path / "seeds", dtype=torch.bfloat16), folder, "bam")
     (tmp_path / "worker.py").write_text(WORKER)
     (tmp_path / "out").mkdir()
-    command = [*LAUNCH, str(tmp_path / "worker.py"), str(mixture), str(tmp_path / "out")]
+    command = [*LAUNCH, str(tmp_path / "worker.py"), str(folder), str(tmp_path / "out")]
     done = subprocess.run(command, capture_output=True, text=True, env=environment(), timeout=300, check=False)
     assert done.returncode == 0, done.stderr
     found: list[Any] = [json.loads((tmp_path / "out" / f"{rank}.json").read_text()) for rank in range(2)]
@@ -127,4 +132,4 @@ def test_a_sharded_model_holds_its_share_and_is_written_byte_for_byte(mixture: P
     assert max(local for local, _, _ in found) < 0.55 * found[0][1]
     assert max(difference for _, _, difference in found) < 1e-6
     written = (tmp_path / "out" / "model.safetensors").read_bytes()
-    assert written == (mixture / "model.safetensors").read_bytes()
+    assert written == (folder / "model.safetensors").read_bytes()

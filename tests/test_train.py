@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -19,7 +20,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, MixtralConfig, Mix
 from tests.conftest import merge_and_load, run_cli, write_tokenizer
 from tests.tiny import BY_NAME, VOCAB, edit_json, make_seed, make_seeds
 from upcycle.data import parse_shares
-from upcycle.errors import OutputError, TrainingError
+from upcycle.errors import DataError, OutputError, TrainingError
 from upcycle.train import TrainingResult, train
 from upcycle.training_settings import TrainingOptions
 
@@ -319,6 +320,7 @@ def test_what_is_refused_before_the_first_step(mixture: Path, data: dict[str, st
         (mixture, "accelerate launch", {"shard": True}),
         (mixture, "holds no training", {"resume": True}),
         (mixture, "leave --train out", {"lora": 2, "trained": "experts"}),
+        (mixture, "expected a number above 0", {"learning_rate": 0.0}),
     ):
         with pytest.raises(TrainingError, match=message):
             run(model, data, tmp_path / "out", **changes)
@@ -335,6 +337,96 @@ def test_what_cannot_fit_is_refused_with_the_arithmetic(
     run(mixture, data, tmp_path / "small", trained="routers", micro_batch_size=1, steps=1)
 
 
+def test_the_largest_forward_that_fits_is_taken(
+    mixture: Path, data: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from upcycle.fit import step_memory
+    from upcycle.training_settings import read_facts, resolve
+
+    facts = read_facts(mixture)
+    settings, _ = resolve(options(mixture, data, tmp_path, micro_batch_size=2), facts, 1, False)
+    step = step_memory(settings, facts)
+    assert step is not None
+    monkeypatch.setattr("upcycle.train.free_memory", lambda *_: step[1])
+    run(mixture, data, tmp_path / "out", steps=2)
+    assert json.loads((tmp_path / "out" / "train.json").read_text())["settings"]["micro_batch_size"] == 2
+
+
+def test_a_router_warm_up_does_not_end_in_a_spike(mixture: Path, data: dict[str, str], tmp_path: Path) -> None:
+    result = run(mixture, data, tmp_path / "out", steps=24, trained="routers-then-all:18")
+    norms = metrics(tmp_path / "out", "gradient_norm")
+    assert norms[18] > 5 * norms[17]
+    assert result.finished
+    assert set(metrics(tmp_path / "out", "skipped")) == {None}
+
+
+def test_the_offloaded_optimizer_is_adamw_also_when_resumed(
+    mixture: Path, data: dict[str, str], tmp_path: Path
+) -> None:
+    run(mixture, data, tmp_path / "plain")
+    run(mixture, data, tmp_path / "offload", optimizer="adamw-offload")
+    assert same(state(tmp_path / "plain", 6), state(tmp_path / "offload", 6))
+    asked = iter([False, False, True])
+    train(options(mixture, data, tmp_path / "broken", optimizer="adamw-offload"), stop=lambda: next(asked))
+    run(mixture, data, tmp_path / "broken", optimizer="adamw-offload", resume=True)
+    assert same(state(tmp_path / "plain", 6), state(tmp_path / "broken", 6))
+    with pytest.raises(TrainingError, match="torchao"):
+        run(mixture, data, tmp_path / "8bit", optimizer="adamw-8bit")
+
+
+def test_what_a_resumed_training_reads_must_be_the_same(mixture: Path, base_seed: Path, tmp_path: Path) -> None:
+    edit_json(base_seed / "tokenizer_config.json", eos_token="word2")
+    file = tmp_path / "text.jsonl"
+    file.write_text('{"text": "' + "word5 word6 " * 200 + '"}\n')
+    source = {"text": str(file)}
+    stop = iter([False, True])
+    train(options(base_seed, source, tmp_path / "out"), stop=lambda: next(stop))
+    file.write_text('{"text": "' + "word7 word8 " * 200 + '"}\n')
+    with pytest.raises(DataError, match="other files than when this training began, or changed ones"):
+        run(base_seed, source, tmp_path / "out", resume=True)
+    write_tokenizer(base_seed)
+
+
+def test_resuming_another_model_or_nothing(mixture: Path, data: dict[str, str], tmp_path: Path) -> None:
+    stop = iter([True])
+    train(options(mixture, data, tmp_path / "out"), stop=lambda: next(stop))
+    damaged = weights(mixture)
+    before = {name: value.clone() for name, value in damaged.items()}
+    for value in damaged.values():
+        value += 1
+    save_file(damaged, mixture / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(TrainingError, match="model_fingerprint was"):
+        run(mixture, data, tmp_path / "out", resume=True)
+    save_file(before, mixture / "model.safetensors", metadata={"format": "pt"})
+    shutil.rmtree(tmp_path / "out" / "checkpoints")
+    result = run(mixture, data, tmp_path / "out", resume=True)
+    assert "begins anew" in result.warnings[0]
+    assert metrics(tmp_path / "out", "step") == [1, 2, 3, 4, 5, 6]
+    with pytest.raises(TrainingError, match="is finished"):
+        run(mixture, data, tmp_path / "out", resume=True)
+
+
+def test_damaged_state_is_said(mixture: Path, data: dict[str, str], tmp_path: Path) -> None:
+    stop = iter([True])
+    train(options(mixture, data, tmp_path / "out"), stop=lambda: next(stop))
+    file = tmp_path / "out" / "checkpoints" / "step-000001" / "training_state" / "state.pt"
+    file.write_bytes(file.read_bytes()[:1000])
+    with pytest.raises(TrainingError, match="cannot be taken up"):
+        run(mixture, data, tmp_path / "out", resume=True)
+
+
+def test_inputs_are_never_the_output(mixture: Path, data: dict[str, str], tmp_path: Path) -> None:
+    run(mixture, data, tmp_path / "first", steps=2)
+    before = weights(tmp_path / "first")
+    inside = tmp_path / "first" / "checkpoints" / "step-000002"
+    for model in (tmp_path / "first", inside):
+        with pytest.raises(OutputError, match="lie within one another"):
+            run(model, data, tmp_path / "first", overwrite=True)
+    with pytest.raises(OutputError, match="lie within one another"):
+        run(mixture, data, tmp_path, overwrite=True)
+    assert same(weights(tmp_path / "first"), before)
+
+
 def test_former_output_is_safe(mixture: Path, data: dict[str, str], tmp_path: Path) -> None:
     out = tmp_path / "out"
     out.mkdir()
@@ -342,7 +434,8 @@ def test_former_output_is_safe(mixture: Path, data: dict[str, str], tmp_path: Pa
     with pytest.raises(OutputError, match=r"holds 'thesis\.txt', so it is never overwritten"):
         run(mixture, data, out, overwrite=True)
     (out / "thesis.txt").unlink()
-    run(mixture, data, out, steps=2)
+    stop = iter([True])
+    train(options(mixture, data, out, steps=2), stop=lambda: next(stop))
     with pytest.raises(OutputError, match=r"--resume goes on with it, --yes overwrites it"):
         run(mixture, data, out, steps=2)
     with pytest.raises(TrainingError, match=r"learning_rate was 0.01 in .* and is 0.5 now"):

@@ -263,6 +263,7 @@ def prepare_domain(
     random_seed: int,
     enough: int | None = None,
     progress: Callable[[int], None] = lambda _: None,
+    writes: bool = True,
 ) -> Domain:
     """Tokenise one domain into `folder`, or find it there from an earlier start of the same run.
 
@@ -272,6 +273,7 @@ def prepare_domain(
         config: the (dense) model's, for `vocab_size` and, if the tokenizer names none, `eos_token_id`.
         enough: of a Hub dataset, stop after so many tokens.
         progress: called with the number of tokens added.
+        writes: whether this process tokenises; the others find what it wrote.
 
     Raises:
         DataError: data that cannot be read or that holds tokens outside the vocabulary, with file and line.
@@ -280,7 +282,11 @@ def prepare_domain(
     if files and files[0].suffix == ".npy":
         return _array_domain(option, name, source, files, config["vocab_size"])
     record = folder / f"{name}.json"
+    # What was read, wherever it lies: a dataset's name, or names, sizes and times of files.
+    read = [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files] or source
     if not record.is_file():
+        if not writes:
+            raise DataError(f"{record} is missing: --out must lie on a disk that all processes share")
         if tokenizer is None:
             raise DataError(
                 f"{option} {name}={source}: the model has no tokenizer to read text with; put its tokenizer files "
@@ -294,8 +300,13 @@ def prepare_domain(
         )
         if not written["tokens"]:
             raise DataError(f"{option} {name}={source} holds no text")
-        write_json(record, {"source": source, **written})
+        write_json(record, {"read": read, **written})
     about = read_json(record)
+    if about["read"] != read:
+        raise DataError(
+            f"{option} {name}={source}: other files than when this training began, or changed ones; give the same "
+            "data, or start a new training with another --out"
+        )
     tokens = np.memmap(folder / f"{name}.tokens", dtype=about["dtype"], mode="r")
     counted = np.memmap(folder / f"{name}.counted", dtype=np.bool_, mode="r") if about["chat"] else None
     return Domain(name, source, tokens, counted, about["documents"])
@@ -394,7 +405,7 @@ def fingerprint(domains: Iterable[Domain]) -> str:
     """SHA-256 over names, sizes and tokens (of long runs the ends and a spread of pieces): the same data or not."""
     digest = hashlib.sha256()
     for domain in domains:
-        digest.update(f"{domain.name} {domain.tokens.size}".encode())
+        digest.update(f"{domain.name} {domain.tokens.size} {domain.counted is None}".encode())
         step = max(1, domain.tokens.size // 64)
         for start in range(0, domain.tokens.size, step):
             digest.update(np.ascontiguousarray(domain.tokens[start : start + min(step, 65_536)], np.uint32).tobytes())

@@ -20,6 +20,7 @@ class Heldout:
 
     name: str
     tokens: Array
+    counted: Array | None = None  # bool `[windows, length - 1]`: the targets that count, or None for all
 
 
 def heldout_windows(
@@ -32,6 +33,7 @@ def heldout_windows(
     length: int,
     count: int,
     multiple: int = 1,
+    writes: bool = True,
 ) -> Heldout:
     """At most `count` windows of a domain, evenly spaced; the rows of a `.npy` file are windows as they stand.
 
@@ -45,8 +47,9 @@ def heldout_windows(
     array = (
         read_array("--eval-data", name, files[0], config["vocab_size"]) if files and files[0].suffix == ".npy" else None
     )
+    counted = None
     if array is None:
-        array = prepare_domain(
+        domain = prepare_domain(
             "--eval-data",
             name,
             source,
@@ -55,7 +58,9 @@ def heldout_windows(
             config,
             random_seed=0,
             enough=count * length,
-        ).tokens
+            writes=writes,
+        )
+        array, counted = domain.tokens, domain.counted
     rows = array if array.ndim == 2 else array[: array.size // length * length].reshape(-1, length)
     found = min(count, len(rows)) // multiple * multiple
     if not found or rows.shape[1] < 2:
@@ -63,8 +68,10 @@ def heldout_windows(
             f"--eval-data {name}={source} holds {array.size} tokens, too few for {multiple} windows of {length}; give "
             "more text or a shorter --sequence-length"
         )
-    chosen = rows[np.linspace(0, len(rows) - 1, found).round().astype(int)]
-    return Heldout(name, np.asarray(chosen, np.int64))
+    chosen = np.linspace(0, len(rows) - 1, found).round().astype(int)
+    if counted is not None:
+        counted = counted[: len(rows) * length].reshape(-1, length)[chosen, 1:]
+    return Heldout(name, np.asarray(rows[chosen], np.int64), counted)
 
 
 @torch.no_grad()
@@ -77,19 +84,24 @@ def measure(
     """
     result: dict[str, dict[str, Any]] = {}
     for domain in heldout:
-        mine = domain.tokens[accelerator.process_index :: accelerator.num_processes]
-        total = torch.zeros(2, device=accelerator.device, dtype=torch.float64)
+        mine = slice(accelerator.process_index, None, accelerator.num_processes)
+        windows, marks = domain.tokens[mine], None if domain.counted is None else domain.counted[mine]
+        total = np.zeros(2)
         load: Any = 0.0
         gates: Any = 0.0
-        for start in range(0, len(mine), batch_size):
-            tokens = torch.from_numpy(mine[start : start + batch_size]).to(accelerator.device)
-            nll, routers = forward_losses(model, tokens, None, top_k)
-            total += torch.stack([nll.double(), torch.tensor(tokens[:, 1:].numel(), device=nll.device).double()])
+        for start in range(0, len(windows), batch_size):
+            rows = slice(start, start + batch_size)
+            tokens = torch.from_numpy(windows[rows]).to(accelerator.device)
+            counted = None if marks is None else torch.from_numpy(marks[rows]).to(accelerator.device)
+            nll, routers = forward_losses(model, tokens, counted, top_k)
+            targets = tokens[:, 1:].numel() if counted is None else int(counted.sum())
+            total += (float(nll), targets)
             if routers:
                 load = load + routers.load * len(tokens)
                 gates = gates + routers.gates * len(tokens)
-        total = accelerator.reduce(total, "sum")
-        result[domain.name] = {"loss": float(total[0] / total[1])}
+        if accelerator.num_processes > 1:
+            total = accelerator.reduce(torch.from_numpy(total).to(accelerator.device), "sum").cpu().numpy()
+        result[domain.name] = {"loss": float(total[0] / max(1.0, total[1]))}
         for name, value in (("load", load), ("gates", gates)):
             if isinstance(value, torch.Tensor) and value.numel():
                 mean = accelerator.reduce(value, "sum") / len(domain.tokens)

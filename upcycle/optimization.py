@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from upcycle.errors import TrainingError
+from upcycle.offload import OffloadedAdamW
 
 OPTIMIZERS: Final = ("adamw", "adamw-8bit", "adamw-offload")
 BETAS: Final = (0.9, 0.95)
@@ -92,7 +93,7 @@ def make_optimizer(model: nn.Module, kind: str, learning_rate: float, weight_dec
         kind: "adamw", "adamw-8bit" (moments in 8 bits) or "adamw-offload" (moments and the update on the host).
 
     Raises:
-        TrainingError: `torchao` is not installed, or the offload without a GPU.
+        TrainingError: 8-bit moments without `torchao` or without a GPU.
     """
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     groups = [
@@ -102,15 +103,15 @@ def make_optimizer(model: nn.Module, kind: str, learning_rate: float, weight_dec
     groups = [group for group in groups if group["params"]]
     if kind == "adamw":
         return torch.optim.AdamW(groups, lr=learning_rate, betas=BETAS, fused=True)
+    if kind == "adamw-offload":
+        return OffloadedAdamW(groups, lr=learning_rate, betas=BETAS)
     try:
-        from torchao.optim import AdamW8bit, CPUOffloadOptimizer
+        from torchao.optim import AdamW8bit
     except ImportError as error:
         raise TrainingError(f"--optimizer {kind} needs the library torchao: pip install torchao") from error
     if not torch.cuda.is_available():
         raise TrainingError(f"--optimizer {kind} needs a GPU; without one take adamw")
-    if kind == "adamw-8bit":
-        return AdamW8bit(groups, lr=learning_rate, betas=BETAS)  # type: ignore[no-any-return]
-    return CPUOffloadOptimizer(groups, torch.optim.AdamW, lr=learning_rate, betas=BETAS, fused=True)  # type: ignore[no-any-return]
+    return AdamW8bit(groups, lr=learning_rate, betas=BETAS)  # type: ignore[no-any-return]
 
 
 def forget_others(named: Iterable[tuple[str, nn.Parameter]]) -> None:

@@ -12,7 +12,7 @@ import fcntl
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
@@ -31,6 +31,7 @@ RECORD: Final = "train.json"
 METRICS: Final = "metrics.jsonl"
 TOKENS: Final = "tokens"
 CHECKPOINTS: Final = "checkpoints"
+TRACKERS: Final = "trackers"
 STATE: Final = "training_state"
 PROGRESS: Final = "progress.json"
 KEPT: Final = 2  # checkpoints
@@ -51,8 +52,11 @@ class RunFolder:
         """Where tokenised text lies."""
         return self.out / TOKENS
 
-    def open(self, resume: bool, overwrite: bool) -> None:
+    def open(self, resume: bool, overwrite: bool, inputs: Sequence[Path]) -> None:
         """Make the folder, or take up a former run's; call in one process.
+
+        Args:
+            inputs: files and folders that are read, none of which may lie in it.
 
         Raises:
             OutputError: it holds something that is not to be overwritten, cannot be written, or another run is at it.
@@ -60,6 +64,12 @@ class RunFolder:
         """
         if resume and not (self.out / RECORD).is_file():
             raise TrainingError(f"--resume: {self.out} holds no training ({RECORD} is missing); start without --resume")
+        out = self.out.resolve()
+        for path in (path.resolve() for path in inputs):
+            if out == path or out in path.parents or path in out.parents:
+                raise OutputError(f"output {self.out} and input {path} lie within one another; choose another --out")
+        if resume and (self.out / CONFIG).is_file():
+            raise TrainingError(f"--resume: the training in {self.out} is finished")
         try:
             if not resume:
                 self._check_free(overwrite)
@@ -99,7 +109,8 @@ class RunFolder:
 
     @staticmethod
     def _ours(name: str) -> bool:
-        ours = {RECORD, METRICS, TOKENS, CHECKPOINTS, _LOCK, INDEX, *COMPANIONS}
+        ours = {RECORD, METRICS, TOKENS, CHECKPOINTS, TRACKERS, _LOCK, INDEX, *COMPANIONS}
+        name = name.removeprefix(".").removesuffix(".partial") if name.endswith(".partial") else name
         return name in ours or (name.startswith("model") and name.endswith(".safetensors"))
 
     def _clear(self) -> None:
@@ -120,7 +131,7 @@ class RunFolder:
     def checkpoints(self) -> list[Path]:
         """Finished checkpoints, oldest first."""
         folder = self.out / CHECKPOINTS
-        return sorted(folder.glob("step-*")) if folder.is_dir() else []
+        return sorted(folder.glob("step-*"), key=lambda path: int(path.name[5:])) if folder.is_dir() else []
 
     def checkpoint(self, step: int) -> Path:
         """The folder of a step's checkpoint."""

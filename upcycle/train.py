@@ -5,41 +5,39 @@ micro-batches, gather what was measured, ask the watchdog, update, log; evaluate
 """
 
 import contextlib
+import math
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Final
+from typing import Any
 
-import numpy as np
-import psutil
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs, set_seed
 from torch.distributed.device_mesh import init_device_mesh
 
-from upcycle.checkpoint import free_bytes, partial_folder, staging
+from upcycle.checkpoint import partial_folder, staging
 from upcycle.data import Domain, fingerprint, prepare_domain
-from upcycle.errors import OutputError, TrainingError
+from upcycle.errors import TrainingError
 from upcycle.evaluate import Heldout, heldout_windows, measure
 from upcycle.experts import use_autocast_experts
+from upcycle.fit import check_memory, check_space, fit_micro_batch, free_memory
 from upcycle.losses import RouterLosses, forward_losses
-from upcycle.memory import training_memory
+from upcycle.metrics import router_metrics, tracked
 from upcycle.optimization import add_lora, choose_trained, forget_others, make_optimizer, parse_trained
+from upcycle.processes import make_accelerator, mean_over_forwards, one_by_one
 from upcycle.run_folder import RunFolder, copy_companions
 from upcycle.schedules import schedule
 from upcycle.speed import matmul_rate
 from upcycle.stream import MAX_EPOCHS, Batch, TokenStream
-from upcycle.training_settings import ModelFacts, Settings, TrainingOptions, read_facts, resolve
+from upcycle.training_settings import ModelFacts, Settings, TrainingOptions, local_files, read_facts, resolve
 from upcycle.training_state import load_state, save_state
 from upcycle.version import __version__
 from upcycle.watchdog import Watchdog
-from upcycle.weights import load_model, load_sharded, quiet_transformers, write_weights
+from upcycle.weights import checkpoint_fingerprint, load_model, load_sharded, quiet_transformers, write_weights
 
 Watch = Callable[[Mapping[str, Any]], None]
-FREE_MARGIN: Final = 1.05
 
 
 @dataclass(frozen=True)
@@ -85,60 +83,41 @@ def train(
     facts = read_facts(options.model)
     quiet_transformers()
     # What accelerate would shard is sharded here instead, where each process reads its share alone.
-    sharded = os.environ.pop("ACCELERATE_USE_FSDP", "false").lower() == "true" or options.shard
+    sharded = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true" or options.shard
     options = replace(options, shard=sharded)
-    accelerator = _accelerator(options)
+    accelerator = make_accelerator(options)
     settings, reasons = resolve(options, facts, accelerator.num_processes, accelerator.device.type == "cuda")
     run = RunFolder(options.out)
     try:
-        with _one_by_one(accelerator):
+        with one_by_one(accelerator):
             if accelerator.is_main_process:
-                run.open(options.resume, options.overwrite)
-        training = _Training(options, settings, facts, accelerator, run, watch)
-        return training.run_all(reasons, stop)
+                run.open(options.resume, options.overwrite, [options.model, *local_files(options)])
+        settings = _fitted(options, settings, facts, accelerator, run)
+        return _Training(options, settings, facts, accelerator, run, watch).run_all(reasons, stop)
     finally:
         run.close()
         accelerator.end_training()
 
 
-def _accelerator(options: TrainingOptions) -> Accelerator:
-    precision = options.precision or ("bf16" if torch.cuda.is_available() else "fp32")
-    # Left alone, accelerate takes several processes without a GPU for strangers to one another.
-    several = int(os.environ.get("WORLD_SIZE", "1")) > 1
-    try:
-        accelerator = Accelerator(
-            cpu=several and not torch.accelerator.is_available(),
-            mixed_precision="bf16" if precision == "bf16" else "no",
-            log_with=options.log_with,
-            project_dir=str(options.out),
-            # Without it DDP holds every gradient twice.
-            kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True)],
-        )
-    except ValueError as error:  # an unknown tracker, or a precision that the device has not
-        raise TrainingError(f"accelerate refuses these options: {error}") from error
-    if options.log_with and not accelerator.log_with:
-        raise TrainingError(f"--log-with {options.log_with}: that tracker is not installed (pip install it)")
-    return accelerator
+def _fitted(
+    options: TrainingOptions, settings: Settings, facts: ModelFacts, accelerator: Accelerator, run: RunFolder
+) -> Settings:
+    """Settings whose step fits into the memory of every process's device, as the resumed training's did.
 
-
-@contextmanager
-def _one_by_one(accelerator: Accelerator) -> Iterator[None]:
-    """The main process first; the others follow, or stop as it did."""
-    failed = torch.zeros(1, device=accelerator.device)
-    if accelerator.is_main_process:
-        try:
-            yield
-        except BaseException:
-            failed += 1
-            raise
-        finally:
-            if accelerator.num_processes > 1:
-                torch.distributed.broadcast(failed, 0)
-    else:
-        torch.distributed.broadcast(failed, 0)
-        if failed.item():
-            raise TrainingError("the main process could not go on; its message says why")
-        yield
+    Raises:
+        TrainingError: none does.
+    """
+    free = free_memory(accelerator.device, accelerator.num_processes)
+    if accelerator.num_processes > 1:
+        free = int(accelerator.gather(torch.tensor([free], device=accelerator.device)).min())
+    if options.micro_batch_size is None:
+        if options.resume:
+            former = run.record().get("settings", {}).get("micro_batch_size")
+            settings = replace(settings, micro_batch_size=former or settings.micro_batch_size)
+        else:
+            settings = fit_micro_batch(settings, facts, free)
+    check_memory(settings, facts, free, accelerator.device)
+    return settings
 
 
 class _Training:
@@ -173,12 +152,13 @@ class _Training:
         self.stream = TokenStream(
             domains, settings.shares, settings.sequence_length, settings.batch_size, settings.random_seed
         )
-        with _one_by_one(self.accelerator):
+        with one_by_one(self.accelerator):
             self._keep_record(domains, reasons)
         self._warn_of_epochs()
-        self._check_memory()
-        set_seed(settings.random_seed)
+        torch.manual_seed(settings.random_seed)  # models draw from no other generator
         self._build()
+        with one_by_one(self.accelerator):
+            self._check_space()
         self._resume()
         self._announce(domains, reasons)
         if self.step == 0:
@@ -229,7 +209,7 @@ class _Training:
         config = self.facts.config.get("dense_config") or self.facts.config
         enough = settings.steps * settings.batch_tokens + settings.sequence_length + 1
         domains, windows = [], []
-        with _one_by_one(self.accelerator):
+        with one_by_one(self.accelerator):
             for name, source in options.data.items():
                 count = 0
 
@@ -249,6 +229,7 @@ class _Training:
                         random_seed=settings.random_seed,
                         enough=int(enough * settings.shares[name]) + 1,
                         progress=progress,
+                        writes=self.main,
                     )
                 )
             for name, source in options.heldout.items():
@@ -262,6 +243,7 @@ class _Training:
                         length=settings.sequence_length,
                         count=settings.eval_windows,
                         multiple=self.accelerator.num_processes,
+                        writes=self.main,
                     )
                 )
         return domains, windows
@@ -271,6 +253,7 @@ class _Training:
         record: dict[str, Any] = {
             "upcycle_version": __version__,
             "model": self.options.model.resolve().name,
+            "model_fingerprint": checkpoint_fingerprint(self.options.model),
             "settings": self.settings.plain(),
             "reasons": dict(reasons),
             "data": {domain.name: {"tokens": domain.tokens.size, "documents": domain.documents} for domain in domains},
@@ -278,8 +261,10 @@ class _Training:
         }
         if self.options.resume and self.main:
             former = self.run.record()
-            for key, value in {**record["settings"], "data_fingerprint": record["data_fingerprint"]}.items():
-                found = former.get(key) if key == "data_fingerprint" else former.get("settings", {}).get(key)
+            before = {**former, **former.get("settings", {})}
+            same = ("model_fingerprint", "data_fingerprint")
+            for key, value in {**record["settings"], **{key: record[key] for key in same}}.items():
+                found = before.get(key)
                 if found != value:
                     raise TrainingError(
                         f"--resume: {key} was {found!r} in {self.options.out} and is {value!r} now; give the same "
@@ -295,48 +280,6 @@ class _Training:
                     f"domain '{name}' will be seen {epochs:.1f} times; beyond {MAX_EPOCHS:.0f} repeating gives little "
                     "and later harms (arXiv:2305.16264, arXiv:2305.13230): give more text or fewer --steps"
                 )
-
-    def _check_memory(self) -> None:
-        """Refuse what cannot fit into one device's memory.
-
-        Raises:
-            TrainingError: the arithmetic, and what would help.
-        """
-        settings, facts = self.settings, self.facts
-        if facts.layout is None:
-            return
-        kind, _ = parse_trained(settings.trained)
-        memory = training_memory(
-            facts.layout,
-            facts.recipe,
-            facts.num_experts,
-            sequences=settings.micro_batch_size,
-            sequence_length=settings.sequence_length,
-            precision=settings.precision,
-            optimizer=settings.optimizer,
-            trained=kind,
-            lora_rank=settings.lora,
-            activation_checkpointing=settings.activation_checkpointing,
-            shards=settings.processes if settings.shard else 1,
-        )
-        # Where gradients are accumulated they are there beside the next forward's activations.
-        needed = memory.total + (memory.overlap if settings.accumulation > 1 else 0)
-        free = free_memory(self.accelerator.device, settings.processes)
-        if needed > free:
-            ways = {
-                "--micro-batch-size 1": settings.micro_batch_size > 1,
-                "--activation-checkpointing": not settings.activation_checkpointing,
-                "--lora 16": not settings.lora,
-                "--optimizer adamw-8bit": settings.optimizer == "adamw" and self.accelerator.device.type == "cuda",
-                "--shard on several processes": not settings.shard,
-                "a shorter --sequence-length": True,
-            }
-            raise TrainingError(
-                f"this training takes {needed / 1e9:.2f} GB of a device (weights {memory.weights / 1e9:.2f}, gradients "
-                f"{memory.gradients / 1e9:.2f}, optimizer {memory.optimizer / 1e9:.2f}, activations "
-                f"{memory.activations / 1e9:.2f}), and {free / 1e9:.2f} GB are free; what helps: "
-                + ", ".join(way for way, open_ in ways.items() if open_)
-            )
 
     def _build(self) -> None:
         options, settings, accelerator = self.options, self.settings, self.accelerator
@@ -363,24 +306,23 @@ class _Training:
             self.wrapped = accelerator.prepare(model)
         self.optimizer = make_optimizer(model, settings.optimizer, settings.learning_rate, settings.weight_decay)
         self.trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        if self.main:
-            self._check_space()
         if options.log_with:
             accelerator.init_trackers("upcycle", config={**settings.plain(), "shares": str(dict(settings.shares))})
 
     def _check_space(self) -> None:
-        weights = sum(file.stat().st_size for file in self.options.model.glob("*.safetensors"))
-        state = sum(12 * parameter.numel() for parameter in self.trained)
-        needed, free = int(FREE_MARGIN * (weights + state) * 3), free_bytes(self.options.out)
-        if needed > free:
-            raise OutputError(
-                f"{self.options.out}: three checkpoints with their training state take {needed / 1e9:.2f} GB (two are "
-                f"kept while the next is written), the disk has {free / 1e9:.2f} GB free"
-            )
+        if self.main:
+            kept = self.model.parameters() if self.sharded else self.trained
+            count = sum(parameter.numel() for parameter in kept)
+            check_space(self.options.out, self.options.model, count, self.run.checkpoints())
 
     def _resume(self) -> None:
+        if not self.options.resume:
+            return
         found = self.run.checkpoints()
-        if not (self.options.resume and found):
+        if not found:
+            if self.main:
+                self.run.rewind(-1)
+            self._warn(f"{self.options.out} holds no checkpoint yet, so the training begins anew")
             return
         rank = self.accelerator.process_index
         progress = load_state(found[-1], self.model, self.optimizer, rank, self.sharded)
@@ -422,11 +364,16 @@ class _Training:
             settings.batch_tokens,
         )
         for group in self.optimizer.param_groups:
-            group["lr"] = rate
+            if isinstance(group["lr"], torch.Tensor):  # torchao's
+                group["lr"].fill_(rate)
+            else:
+                group["lr"] = rate
         nll, routers = self._gradients(batch)
         if self.step < self.router_steps:
             forget_others(self.model.named_parameters())
-        norm = float(self.accelerator.clip_grad_norm_(self.trained, settings.max_grad_norm))
+        elif self.step == self.router_steps:
+            self.watchdog.forget_norms()  # those of the routers alone say nothing of the whole
+        norm = float(self.accelerator.clip_grad_norm_(self.trained, settings.max_grad_norm or math.inf))
         loss = nll + (float(routers.total(self.facts.load_balance, self.facts.z)) if routers else 0.0)
         objection = self.watchdog.objection(self.step + 1, loss, norm)
         if objection is None:
@@ -440,7 +387,7 @@ class _Training:
             "tokens": self.step * settings.batch_tokens,
             "loss": loss,
             "nll": nll,
-            **(_plain(routers) if routers else {}),
+            **(router_metrics(routers) if routers else {}),
             "gradient_norm": norm,
             "learning_rate": rate,
             "skipped": objection,
@@ -472,6 +419,7 @@ class _Training:
             tokens = torch.from_numpy(batch.tokens[rows]).to(accelerator.device)
             counted = None if batch.counted is None else torch.from_numpy(batch.counted[rows]).to(accelerator.device)
             last = start + settings.micro_batch_size == first + share
+            # A sharded model exchanges gradients in every forward, so that none is ever whole.
             with contextlib.nullcontext() if last else accelerator.no_sync(self.wrapped):
                 nll, routers = forward_losses(self.wrapped, tokens, counted, self.facts.top_k)
                 # DDP and FSDP average the gradients of the processes, hence the factor.
@@ -483,7 +431,7 @@ class _Training:
             if routers:
                 measured.append(routers)
         total_nll = accelerator.reduce(total_nll, "sum")
-        mean = _mean_over_forwards(measured, forwards, accelerator) if measured else None
+        mean = mean_over_forwards(measured, forwards, accelerator) if measured else None
         return float(total_nll) / max(1, targets), mean
 
     def _evaluate(self) -> None:
@@ -503,7 +451,7 @@ class _Training:
             self.run.append(values)
         self.tell(event, **values)
         if self.options.log_with:
-            self.accelerator.log(_scalars(values), step=self.step)
+            self.accelerator.log(tracked(values), step=self.step)
 
     def _agreed(self, stop: bool) -> bool:
         """Whether any process was asked to stop: all must, at the same step."""
@@ -534,13 +482,6 @@ class _Training:
         self.tell("checkpoint", step=self.step, folder=str(target), bytes=written)
 
 
-def free_memory(device: torch.device, processes: int) -> int:
-    """Bytes that a process may take of its device's memory: a GPU's free ones, or its part of the host's."""
-    if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0])
-    return int(psutil.virtual_memory().available) // processes
-
-
 def _tokenizer(folder: Path) -> Any:
     """The checkpoint's tokenizer, or None where there is none (pre-tokenised data needs none)."""
     from transformers import AutoTokenizer
@@ -549,41 +490,3 @@ def _tokenizer(folder: Path) -> Any:
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except Exception:  # whatever it meets; text without a tokenizer is refused where it is read
         return None
-
-
-def _mean_over_forwards(measured: Sequence[RouterLosses], forwards: int, accelerator: Accelerator) -> RouterLosses:
-    """Means over the forwards of all processes, in one exchange."""
-    names = list(RouterLosses.__dataclass_fields__)
-    parts = [torch.stack([getattr(one, name).detach().float() for one in measured]).sum(0) for name in names]
-    flat = accelerator.reduce(torch.cat([part.flatten() for part in parts]), "sum") / forwards
-    pieces = torch.split(flat.cpu(), [part.numel() for part in parts])
-    return RouterLosses(*(piece.view(part.shape) for piece, part in zip(pieces, parts, strict=True)))
-
-
-def _plain(routers: RouterLosses) -> dict[str, Any]:
-    """The routers' losses and what they did, by layer, as numbers of six digits."""
-    values = {
-        "load_balance": routers.load_balance,
-        "z": routers.z,
-        "attention_z": routers.attention_z,
-        "load": routers.load,
-        "gates": routers.gates,
-        "entropy": routers.entropy,
-        "attention_entropy": routers.attention_entropy,
-    }
-    return {name: np.vectorize(_rounded)(value.numpy()).tolist() for name, value in values.items() if value.numel()}
-
-
-def _rounded(value: float) -> float:
-    return float(f"{value:.6g}")
-
-
-def _scalars(values: Mapping[str, Any]) -> dict[str, float]:
-    """What a tracker can plot: numbers, sums over layers, losses by domain."""
-    scalars = {key: value for key, value in values.items() if isinstance(value, (int, float))}
-    for key in ("load_balance", "z", "attention_z"):
-        if key in values:
-            scalars[key] = float(np.sum(values[key]))
-    for domain, measured in values.get("heldout", {}).items():
-        scalars[f"heldout/{domain}"] = measured["loss"]
-    return scalars

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from upcycle.checkpoint import CONFIG, PROVENANCE, read_json
+from upcycle.data import find_files
 from upcycle.dense_config import read_dense
 from upcycle.errors import SeedError, TrainingError
 from upcycle.layout import Layout, make_layout
@@ -153,6 +154,11 @@ def read_facts(folder: Path) -> ModelFacts:
         )
     if config.get("num_experts_per_tok"):
         experts = next((config[key] for key in ("num_local_experts", "num_experts") if config.get(key)), 0)
+        if not experts:
+            raise TrainingError(
+                f"{folder / CONFIG}: num_experts_per_tok is {config['num_experts_per_tok']}, but neither "
+                "num_local_experts nor num_experts says of how many; such a mixture cannot be trained here"
+            )
         recorded = read_json(folder / PROVENANCE) if (folder / PROVENANCE).is_file() else {}
         loss = recorded.get("recipe", {}).get("loss", {})
         return ModelFacts(
@@ -173,6 +179,17 @@ def read_facts(folder: Path) -> ModelFacts:
 def _inner_parameters(layout: Layout) -> int:
     dense = make_layout(layout.model, DENSE, 1)
     return sum(tensor.size for tensor in dense.mixture if ".layers." in tensor.name)
+
+
+def local_files(options: TrainingOptions) -> list[Path]:
+    """The files that a training reads its data from."""
+    named = (("--data", options.data), ("--eval-data", options.heldout))
+    return [
+        file
+        for option, sources in named
+        for name, source in sources.items()
+        for file in find_files(option, name, source)
+    ]
 
 
 def resolve(
@@ -203,16 +220,24 @@ def resolve(
         raise TrainingError(
             f"--micro-batch-size {micro}: the {batch // processes} sequences of a process are no multiple of it"
         )
-    rate = options.learning_rate or chosen(
-        "learning_rate", default_learning_rate(facts.seed_parameters or 10**9, options.steps * batch * length)
-    )
+    rate = options.learning_rate
+    if rate is None:
+        tokens = options.steps * batch * length
+        rate = chosen("learning_rate", default_learning_rate(facts.seed_parameters or 10**9, tokens))
+    if not 0 < rate < float("inf"):
+        raise TrainingError(f"--learning-rate {rate}: expected a number above 0")
     kind, _ = parse_trained(options.trained)
     if kind != "all" and facts.kind == "dense":
         raise TrainingError(f"--train {options.trained}: the model is dense, it has neither experts nor routers")
     if options.lora and options.trained != "all":
         raise TrainingError("--lora chooses what is trained itself (its factors and the routers); leave --train out")
-    if options.shard and (options.lora or options.trained.startswith("routers-then-all")):
-        raise TrainingError("--shard does not go with --lora or routers-then-all")
+    if options.shard and (options.lora or ":" in options.trained or options.optimizer == "adamw-offload"):
+        raise TrainingError("--shard does not go with --lora, routers-then-all or adamw-offload")
+    if options.shard and facts.kind == "native":
+        raise TrainingError(
+            f"--shard reads a model tensor by tensor, and {options.model} stores its experts one by one where memory "
+            "holds them stacked; train it without --shard, or merge in the bam format"
+        )
     if options.shard and processes < 2:
         raise TrainingError("--shard spreads one model over several processes; start them with `accelerate launch`")
     settings = Settings(

@@ -2,12 +2,14 @@
 
 from collections.abc import Mapping
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any, Final
 
 import torch
+from torch.distributed.checkpoint.api import CheckpointException
 
 from upcycle.checkpoint import read_json, write_json
-from upcycle.errors import TrainingError
+from upcycle.errors import TrainingError, UpcycleError
 from upcycle.run_folder import PROGRESS, STATE
 
 _WHOLE: Final = "state.pt"
@@ -51,7 +53,7 @@ def load_state(folder: Path, model: Any, optimizer: torch.optim.Optimizer, rank:
             load(state, checkpoint_id=target / _SHARDED)
             set_state_dict(model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
         else:
-            state = torch.load(target / _WHOLE, map_location="cpu", weights_only=True)
+            state = torch.load(target / _WHOLE, map_location="cpu", weights_only=True, mmap=True)
             parameters = dict(model.named_parameters())
             with torch.no_grad():
                 for name, value in state["model"].items():
@@ -59,7 +61,16 @@ def load_state(folder: Path, model: Any, optimizer: torch.optim.Optimizer, rank:
             optimizer.load_state_dict(state["optimizer"])
         _set_random_state(torch.load(target / f"random-{rank}.pt", weights_only=True))
         return read_json(target / PROGRESS)
-    except (OSError, RuntimeError, KeyError, ValueError, EOFError) as error:
+    except (
+        OSError,
+        RuntimeError,
+        KeyError,
+        ValueError,
+        EOFError,
+        UnpicklingError,
+        UpcycleError,
+        CheckpointException,
+    ) as error:
         raise TrainingError(
             f"{target} cannot be taken up: {error}; remove {folder} to resume from the one before"
         ) from error

@@ -44,9 +44,13 @@ class Watchdog:
         if self.skipped >= MAX_SKIPPED:
             raise TrainingError(
                 f"step {step}: {reason}, and so were the {MAX_SKIPPED - 1} steps before it; none of them was taken. "
-                "The last checkpoint is whole: go on from it with a lower --learning-rate"
+                "Checkpoints from before are whole; a lower --learning-rate may help"
             )
         return reason
+
+    def forget_norms(self) -> None:
+        """Begin anew with what a usual norm is."""
+        self.norms = []
 
     def idle_experts(self, step: int, load: Sequence[Sequence[float]]) -> list[str]:
         """Warnings about experts that have just been below 1 % of a layer's tokens for long; each is said once."""

@@ -1,5 +1,6 @@
 """A model's weights between disk and memory: whole or sharded, fp32 to train, back in the checkpoint's own dtypes."""
 
+import hashlib
 import os
 import re
 import warnings
@@ -90,6 +91,7 @@ def load_sharded(folder: Path, mesh: Any, device: torch.device, precision: str) 
     sources = read_tensors(folder)
     with init_empty_weights(include_buffers=False):  # buffers (rotary frequencies) are computed, not stored
         model = classes.from_config(AutoConfig.from_pretrained(folder), dtype=torch.float32)
+    model.tie_weights()  # registered one by one, tied weights had come apart
     buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
     policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32) if precision == "bf16" else MixedPrecisionPolicy()
     processes = mesh.size()
@@ -131,6 +133,17 @@ def _local_part(parameter: Any) -> tuple[slice, ...]:
     return tuple(slice(begin, begin + size) for begin, size in zip(offset, shape, strict=True))
 
 
+def checkpoint_fingerprint(folder: Path) -> str:
+    """SHA-256 over a checkpoint's config, headers and a spread of its weights: the same model or not."""
+    digest = hashlib.sha256((folder / CONFIG).read_bytes())
+    for name, info in sorted(read_tensors(folder).items()):
+        digest.update(f"{name} {info.dtype} {info.shape}".encode())
+        with info.file.open("rb") as file:
+            file.seek(info.offset + info.nbytes // 2)
+            digest.update(file.read(min(4096, info.nbytes // 2)))
+    return digest.hexdigest()
+
+
 def decoder_layers(model: Any) -> nn.ModuleList:
     """The decoder layers of a dense model or of a mixture."""
     for name, module in model.named_modules():
@@ -146,7 +159,7 @@ def write_weights(model: Any, source: Path, out: Path, *, writes: bool = True) -
     process of a sharded model must call this; the one with `writes` writes. LoRA's factors are added to their weights.
 
     Raises:
-        CheckpointError: a parameter that `source` has no tensor for, or the other way round.
+        CheckpointError: a parameter that `source` has no tensor for, or one of another shape.
     """
     stored = _in_file_order(read_tensors(source))
     entries = _memory_tensors(model)
@@ -229,12 +242,16 @@ def _lora_weight(layer: Any) -> torch.Tensor:
 
 @torch.no_grad()
 def _gather(entry: Any, wanted: bool) -> torch.Tensor:
-    """A tensor whole on the CPU, LoRA's product added; every process takes part."""
+    """A tensor whole on the CPU, LoRA's product added; every process takes part, one gets the tensor."""
+    if not wanted:
+        if hasattr(entry, "full_tensor"):
+            entry.full_tensor()
+        return torch.empty(0)
     if not isinstance(entry, torch.Tensor):
         merged: torch.Tensor = _lora_weight(entry) + entry.get_delta_weight(entry.active_adapters[0])
         return merged.cpu()
     tensor: torch.Tensor = entry.full_tensor() if hasattr(entry, "full_tensor") else entry
-    return tensor.cpu() if wanted else tensor
+    return tensor.cpu()
 
 
 def _as_stored(model: Any, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
