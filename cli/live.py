@@ -98,6 +98,7 @@ class _View:
     def _loads(self) -> "Table":
         """One column a layer, one row an expert: its share of the layer's tokens, and its gate in the attention."""
         from rich.table import Table
+        from rich.text import Text
 
         grid = Table.grid(padding=(0, 2))
         for title, key in (("load", "load"), ("attention", "gates")):
@@ -105,7 +106,7 @@ class _View:
                 shares = [layer[expert] for layer in self.step[key]]
                 bars = "".join(BARS[min(len(BARS) - 1, round(share * (len(BARS) - 1)))] for share in shares)
                 mean = sum(shares) / len(shares)
-                grid.add_row(title if not expert else "", name, bars, f"{mean:.0%}")
+                grid.add_row(title if not expert else "", Text(output.printable(name)), bars, f"{mean:.0%}")
         return grid
 
 

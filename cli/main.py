@@ -85,6 +85,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except UpcycleError as error:
         output.error(str(error))
         sys.exit(1)
+    except output.Stopped:
+        raise
     except (SystemExit, KeyboardInterrupt) as stop:
         if isinstance(stop, SystemExit) and stop.code != 130:
             raise

@@ -13,6 +13,14 @@ if TYPE_CHECKING:
     from upcycle.plan import MergePlan
     from upcycle.scaling import Cost, ParallelTraining
 
+
+class Stopped(SystemExit):
+    """The user ended the work, and was told what is left of it."""
+
+    def __init__(self) -> None:
+        super().__init__(130)
+
+
 CARD = 80 * 10**9  # bytes of a common GPU
 MAX_MESSAGE = 2000  # characters: a name in a message may come from a damaged file
 
@@ -30,11 +38,16 @@ def warning(message: str) -> None:
 def _message(label: str, style: str, message: str) -> None:
     if sys.stderr is None:
         return
-    message = "".join(char if char.isprintable() or char == "\n" else ascii(char)[1:-1] for char in message)
+    message = printable(message)
     if len(message) > MAX_MESSAGE:
         message = f"{message[:MAX_MESSAGE]}…"
     color = sys.stderr.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
     sys.stderr.write((f"\x1b[{style}m{label}\x1b[0m " if color else f"{label} ") + message + "\n")
+
+
+def printable(text: str) -> str:
+    """Text that cannot steer the terminal, newlines left in."""
+    return "".join(char if char.isprintable() or char == "\n" else ascii(char)[1:-1] for char in text)
 
 
 def data_line(line: str) -> None:
@@ -58,7 +71,7 @@ def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> 
     for index, column in enumerate(columns):
         grid.add_column(column, justify="right" if index else "left")
     for row in rows:
-        grid.add_row(*(Text(cell) for cell in row))
+        grid.add_row(*(Text(printable(cell)) for cell in row))
     console = Console()
     console.print(Text(title, style="bold"), soft_wrap=True)
     console.print(grid)

@@ -37,7 +37,7 @@ def train(
         list[str] | None,
         typer.Option("--eval-data", metavar="NAME=FILE ...", help="Held-out data by domain, measured while training."),
     ] = None,
-    sequence_length: Annotated[int | None, typer.Option(min=1, help="Tokens a sequence.")] = None,
+    sequence_length: Annotated[int | None, typer.Option(min=2, help="Tokens a sequence.")] = None,
     batch_size: Annotated[int | None, typer.Option(min=1, help="Sequences a step, over all processes.")] = None,
     micro_batch_size: Annotated[
         int | None, typer.Option(min=1, help="Sequences a forward; the rest of the batch is accumulated.")
@@ -48,7 +48,7 @@ def train(
     ] = "cosine",
     warm_up: Annotated[int | None, typer.Option(min=0, help="Steps of warm-up; a tenth, at most 1500.")] = None,
     weight_decay: Annotated[float, typer.Option(min=0, help="Of matrices; norms and biases do not decay.")] = 0.1,
-    max_grad_norm: Annotated[float, typer.Option(min=0, help="Gradients are clipped to this norm.")] = 1.0,
+    max_grad_norm: Annotated[float, typer.Option(min=0, help="Gradients are clipped to this norm; 0: never.")] = 1.0,
     random_seed: Annotated[int, typer.Option(min=0, max=2**63, help="Of the order of the data.")] = 0,
     trained: Annotated[
         str,
@@ -132,7 +132,7 @@ def train(
     if _is_main():
         _show(result, as_json)
     if not result.finished and signal.SIGTERM not in stop.came:
-        raise typer.Exit(130)
+        raise output.Stopped
 
 
 def _is_main() -> bool:

@@ -9,7 +9,8 @@ import pytest
 from transformers import PreTrainedTokenizerFast
 
 from tests.conftest import VOCAB, tokenizer_json
-from upcycle.data import find_files, parse_shares, prepare_domain, read_array, split_names
+from upcycle.data import parse_shares, prepare_domain, read_array, split_names
+from upcycle.documents import find_files
 from upcycle.errors import DataError
 
 EOS = 2
@@ -110,7 +111,7 @@ def test_a_hub_dataset_is_streamed_until_there_is_enough(
         return datasets.IterableDataset.from_generator(rows)
 
     monkeypatch.setattr(datasets, "load_dataset", load)
-    monkeypatch.setattr("upcycle.data.SHUFFLE_BUFFER", 20)
+    monkeypatch.setattr("upcycle.documents.SHUFFLE_BUFFER", 20)
     config = {"vocab_size": VOCAB}
 
     def first(folder: str, random_seed: int) -> Any:
@@ -135,11 +136,28 @@ BAD = {
     "binary junk": ("a.jsonl", b'{"text": "word1"}\n\xff\xfe\x00\n', "a.jsonl, line 2"),
     "no object": ("a.jsonl", b'{"text": "word1"}\n\n[1]\n', "a.jsonl, line 3: expected an object"),
     "a cut line": ("a.jsonl", b'{"text": "word1"}\n{"text": "wo', "a.jsonl, line 2: expected one JSON object"),
-    "a missing column": ("a.jsonl", b'{"text": "a"}\n{"content": "b", "id": 1}\n', "line 2: .* found content, id"),
+    "a missing column": (
+        "a.jsonl",
+        b'{"text": "a"}\n{"content": "b", "id": 1}\n',
+        r"line 2: .* found content \(str\), id \(",
+    ),
     "text that is none": ("a.jsonl", b'{"text": null}\n', "line 1: expected a column 'text'"),
-    "text and chats": ("a.jsonl", b'{"text": "a"}\n{"messages": []}\n', "line 2: 'text' and 'messages'"),
+    "text and chats": (
+        "a.jsonl",
+        b'{"text": "a"}\n{"messages": [{"role": "", "content": ""}]}\n',
+        "line 2: 'text' and 'messages'",
+    ),
     "a chat without answers": ("a.jsonl", b'{"messages": [{"role": "user", "content": "a"}]}\n', "line 1: no turn"),
-    "a chat that is none": ("a.jsonl", b'{"messages": [1]}\n', "line 1: the chat template refuses it"),
+    "a chat that is none": ("a.jsonl", b'{"messages": [1]}\n', "line 1, turn 1: expected 'role'"),
+    "a chat of numbers": (
+        "a.jsonl",
+        b'{"messages": [{"role": "a", "content": 5}]}\n',
+        "line 1, turn 1: expected 'role'",
+    ),
+    "both": ("a.jsonl", b'{"text": "a", "messages": []}\n', "line 1: expected .* one of them"),
+    "half a character": ("a.jsonl", b'{"text": "a"}\n{"text": "\\ud800"}\n', "line 2: the tokenizer refuses it"),
+    "empty texts": ("a.jsonl", b'{"text": ""}\n{"text": " "}\n', "holds no text"),
+    "a header of parentheses": ("a.npy", b"\x93NUMPY\x01\x00\x10\x00((((((((((((((((", "cannot be read as a .npy"),
     "a binary text file": ("a.txt", b"word\nwo\xffrd", "a.txt, line 2: no UTF-8"),
     "a zero byte": ("a.txt", b"word\nwo\0rd", "a.txt, line 2: a zero byte"),
     "no parquet": ("a.parquet", b"PAR1 no", "a.parquet cannot be read as parquet"),
@@ -204,6 +222,9 @@ def test_names(tmp_path: Path) -> None:
         split_names("--data", ["code=a.jsonl", "code=b.jsonl"])
     with pytest.raises(DataError, match="expected NAME=FILE"):
         split_names("--data", ["code="])
+    for name in ("..", "a/b", "a" * 101, "[/x]", "\x1b"):
+        with pytest.raises(DataError, match="letters, digits"):
+            split_names("--data", [f"{name}=file.jsonl"])
     with pytest.raises(DataError, match="no such file"):
         find_files("--data", "code", str(tmp_path / "none.jsonl"))
     with pytest.raises(DataError, match="matches no file"):
@@ -222,6 +243,7 @@ def test_shares() -> None:
         (["a=-1", "b=1"], "a number of 0 or more"),
         (["a=x", "b=1"], "a number of 0 or more"),
         (["a=nan", "b=1"], "a number of 0 or more"),
+        (["a=1e308", "b=1e308"], "no finite number"),
         (["a=0", "b=0"], "every share is 0"),
     ):
         with pytest.raises(DataError, match=message):

@@ -20,7 +20,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, MixtralConfig, Mix
 from tests.conftest import merge_and_load, run_cli, write_tokenizer
 from tests.tiny import BY_NAME, VOCAB, edit_json, make_seed, make_seeds
 from upcycle.data import parse_shares
-from upcycle.errors import DataError, OutputError, TrainingError
+from upcycle.errors import DataError, OutputError, TrainingError, UpcycleError
+from upcycle.losses import forward_losses
 from upcycle.train import TrainingResult, train
 from upcycle.training_settings import TrainingOptions
 
@@ -255,18 +256,40 @@ def test_a_native_mixture_is_written_back_in_its_published_names(data: dict[str,
     assert len(metrics(tmp_path / "out", "load_balance")[0]) == 2
 
 
-def test_a_nan_never_reaches_the_weights(mixture: Path, data: dict[str, str], tmp_path: Path) -> None:
+def test_a_nan_never_reaches_the_weights(
+    mixture: Path, data: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = iter(range(1, 10))
+
+    def poisoned(*args: Any) -> Any:
+        nll, routers = forward_losses(*args)
+        return (nll * float("nan") if next(calls) == 4 else nll), routers
+
+    monkeypatch.setattr("upcycle.train.forward_losses", poisoned)
+    states = {}
+
+    def watch(event: Mapping[str, Any]) -> None:
+        if event["event"] == "checkpoint":
+            states[event["step"]] = state(tmp_path / "out", event["step"])
+
+    result = train(options(mixture, data, tmp_path / "out", save_every=1), watch)
+    assert same(states[3], states[4])
+    assert not same(states[4], states[5])
+    assert all(value.isfinite().all() for value in states[6].values())
+    assert result.warnings == ["step 4 was not taken: the loss is nan"]
+    assert [bool(reason) for reason in metrics(tmp_path / "out", "skipped")] == [step == 4 for step in range(1, 7)]
+
+
+def test_a_model_of_nan_is_never_saved(mixture: Path, data: dict[str, str], tmp_path: Path) -> None:
     damaged = weights(mixture)
     name = next(name for name in damaged if name.endswith("down_proj"))
     damaged[name][:] = float("nan")
     save_file(damaged, mixture / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(TrainingError, match="the loss is nan, and so were the 4 steps before"):
-        run(mixture, data, tmp_path / "out", steps=40, save_every=4)
-    assert same(weights(tmp_path / "out" / "checkpoints" / "step-000004"), damaged) or all(
-        torch.equal(value, damaged[key])
-        for key, value in weights(tmp_path / "out" / "checkpoints" / "step-000004").items()
-        if key != name
-    )
+        run(mixture, data, tmp_path / "out", steps=40, save_every=40)
+    with pytest.raises(TrainingError, match="step 2: a weight is no finite number"):
+        run(mixture, data, tmp_path / "other", steps=40, save_every=2)
+    assert not (tmp_path / "other" / "checkpoints").exists()
 
 
 def test_activation_checkpointing_and_bf16_compute_the_same(
@@ -321,6 +344,8 @@ def test_what_is_refused_before_the_first_step(mixture: Path, data: dict[str, st
         (mixture, "holds no training", {"resume": True}),
         (mixture, "leave --train out", {"lora": 2, "trained": "experts"}),
         (mixture, "expected a number above 0", {"learning_rate": 0.0}),
+        (mixture, "9 steps, but the training has 6", {"warm_up": 9}),
+        (mixture, "7 steps, but the training has 6", {"trained": "routers-then-all:7"}),
     ):
         with pytest.raises(TrainingError, match=message):
             run(model, data, tmp_path / "out", **changes)
@@ -406,6 +431,56 @@ def test_resuming_another_model_or_nothing(mixture: Path, data: dict[str, str], 
         run(mixture, data, tmp_path / "out", resume=True)
 
 
+def test_a_former_training_stays_until_every_check_is_done(mixture: Path, data: dict[str, str], tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    run(mixture, data, out, steps=2)
+    before = weights(out)
+    np.save(tmp_path / "bad.npy", np.array([1, VOCAB] * 40))
+    for sources, changes in (
+        ({"x": str(tmp_path / "bad.npy")}, {}),
+        (data, {"optimizer": "adamw-8bit"}),
+        (data, {"heldout": {"x": str(tmp_path / "bad.npy")}}),
+    ):
+        with pytest.raises(UpcycleError):
+            run(mixture, sources, out, overwrite=True, **changes)
+        assert same(weights(out), before)
+    (out / "checkpoints" / "notes.txt").write_text("mine")
+    with pytest.raises(OutputError, match=r"holds 'checkpoints/notes\.txt'"):
+        run(mixture, data, out, overwrite=True)
+    (out / "checkpoints" / "notes.txt").unlink()
+    (out / "train.json").write_text("{}")
+    with pytest.raises(OutputError, match="is no training's folder"):
+        run(mixture, data, out, overwrite=True)
+
+
+def test_a_start_that_failed_does_not_block_the_next(mixture: Path, base_seed: Path, tmp_path: Path) -> None:
+    edit_json(base_seed / "tokenizer_config.json", eos_token="word2")
+    file = tmp_path / "text.jsonl"
+    file.write_text('{"text": "' + "word5 word6 " * 200 + '"}\nnull\n')
+    with pytest.raises(DataError, match="line 2"):
+        run(base_seed, {"text": str(file)}, tmp_path / "out")
+    file.write_text('{"text": "' + "word5 word6 " * 200 + '"}\n')
+    assert run(base_seed, {"text": str(file)}, tmp_path / "out", steps=1).finished
+    write_tokenizer(base_seed)
+
+
+def test_a_training_that_explodes_is_no_success(mixture: Path, data: dict[str, str], tmp_path: Path) -> None:
+    with pytest.raises(TrainingError, match="of 4 steps could not be taken"):
+        run(mixture, data, tmp_path / "out", steps=4, learning_rate=1e30, save_every=99, warm_up=0)
+    assert not (tmp_path / "out" / "config.json").exists()
+    for line in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines():
+        json.loads(line, parse_constant=lambda word: pytest.fail(f"{word} is no JSON"))
+
+
+def test_held_out_data_belongs_to_the_training(mixture: Path, data: dict[str, str], tmp_path: Path) -> None:
+    stop = iter([True])
+    held = {"x": data["code"]}
+    train(options(mixture, data, tmp_path / "out", heldout=held), stop=lambda: next(stop))
+    for other in ({"y": data["code"]}, {"x": data["law"]}, {}):
+        with pytest.raises(TrainingError, match="heldout_fingerprint was"):
+            run(mixture, data, tmp_path / "out", resume=True, heldout=other)
+
+
 def test_damaged_state_is_said(mixture: Path, data: dict[str, str], tmp_path: Path) -> None:
     stop = iter([True])
     train(options(mixture, data, tmp_path / "out"), stop=lambda: next(stop))
@@ -413,6 +488,13 @@ def test_damaged_state_is_said(mixture: Path, data: dict[str, str], tmp_path: Pa
     file.write_bytes(file.read_bytes()[:1000])
     with pytest.raises(TrainingError, match="cannot be taken up"):
         run(mixture, data, tmp_path / "out", resume=True)
+    progress = file.parent / "progress.json"
+    train(options(mixture, data, tmp_path / "other"), stop=lambda: True)
+    progress = tmp_path / "other" / "checkpoints" / "step-000001" / "training_state" / "progress.json"
+    for content in ("{}", "[]", '{"step": "x"}', "\0"):
+        progress.write_text(content)
+        with pytest.raises(TrainingError, match="remove"):
+            run(mixture, data, tmp_path / "other", resume=True)
 
 
 def test_inputs_are_never_the_output(mixture: Path, data: dict[str, str], tmp_path: Path) -> None:

@@ -4,11 +4,10 @@ Every document ends with the end-of-text token, and documents are packed one aft
 run without padding or masks, so attention may cross from one document into the next, as in most pre-training.
 """
 
-import glob
 import hashlib
-import json
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, Final
@@ -16,12 +15,11 @@ from typing import Any, BinaryIO, Final
 import numpy as np
 
 from upcycle.checkpoint import read_json, write_json
-from upcycle.errors import DataError, did_you_mean
+from upcycle.documents import Document, find_files, read_documents
+from upcycle.errors import DataError, OutputError, did_you_mean
 from upcycle.numeric import Array
 
-SUFFIXES: Final = (".jsonl", ".parquet", ".txt", ".npy")
 BATCH_CHARACTERS: Final = 1_000_000  # tokenised at once
-SHUFFLE_BUFFER: Final = 1000  # documents of a streamed dataset among which the next one is drawn
 CHECKED: Final = 16_000_000  # tokens of a .npy file looked at in one piece
 
 
@@ -42,14 +40,6 @@ class Domain:
     documents: int | None
 
 
-@dataclass(frozen=True)
-class Document:
-    """A document and its place for messages: a text, or the turns of a chat."""
-
-    place: str
-    content: str | list[Any]
-
-
 def split_names(option: str, words: Sequence[str]) -> dict[str, str]:
     """`name=source` by name; a source without a name is called by its file's name up to the first dot.
 
@@ -61,8 +51,11 @@ def split_names(option: str, words: Sequence[str]) -> dict[str, str]:
         name, equals, source = word.partition("=")
         if not equals or "/" in name or os.path.exists(word):
             name, source = Path(word).name.partition(".")[0], word
-        if not name or not source:
-            raise DataError(f"{option} {word!r}: expected NAME=FILE, as in {option} code=code.jsonl")
+        if not re.fullmatch(r"(?!\.+$)[\w.+-]{1,100}", name) or not source:
+            raise DataError(
+                f"{option} {word!r}: expected NAME=FILE, as in {option} code=code.jsonl; a name has letters, digits "
+                "and ._+- alone"
+            )
         if name in sources:
             raise DataError(
                 f"{option}: the domain '{name}' is named twice, for {sources[name]} and {source}; give each a name of "
@@ -98,120 +91,22 @@ def parse_shares(words: Sequence[str], domains: Iterable[str]) -> dict[str, floa
         if missing:
             raise DataError(f"--mix leaves out the domain '{missing[0]}'; give it a share too, or {missing[0]}=0")
     total = sum(weights.values())
+    if total == float("inf"):
+        raise DataError("--mix: the shares' sum is no finite number")
     if not total:
         raise DataError("--mix: every share is 0, so there is nothing to train on")
     return {name: weights[name] / total for name in names}
 
 
-def find_files(option: str, name: str, source: str) -> list[Path]:
-    """The files of a pattern, or none where `source` must be a Hub dataset.
-
-    Raises:
-        DataError: a pattern that matches nothing, a missing file, a kind of file that is not read.
-    """
-    if glob.has_magic(source) and not os.path.exists(source):
-        files = [Path(path) for path in sorted(glob.glob(source, recursive=True)) if os.path.isfile(path)]
-        if not files:
-            raise DataError(f"{option} {name}={source}: the pattern matches no file")
-    elif os.path.isfile(source):
-        files = [Path(source)]
-    elif os.path.isdir(source):
-        raise DataError(f"{option} {name}={source} is a folder; name its files, as in {name}='{source}/*.jsonl'")
-    elif Path(source).suffix in SUFFIXES or source.count("/") > 1 or source.startswith((".", "/", "~")):
-        raise DataError(f"{option} {name}={source}: there is no such file")
-    else:
-        return []
-    kinds = {file.suffix for file in files}
-    if len(kinds) > 1 or not kinds <= set(SUFFIXES):
-        raise DataError(
-            f"{option} {name}={source}: expected files of one kind ({', '.join(SUFFIXES)}), "
-            f"found {', '.join(sorted(kinds))}"
-        )
-    return files
-
-
-def read_documents(option: str, name: str, source: str, files: Sequence[Path], random_seed: int) -> Iterator[Document]:
-    """The documents of text files, or of a Hub dataset's split "train", streamed in a seeded order.
-
-    Raises:
-        DataError: a file, and the line in it, that cannot be read, or a dataset that cannot be had.
-    """
-    if not files:
-        yield from _hub_documents(option, name, source, random_seed)
-    for file in files:
-        if file.stat().st_size == 0:
-            raise DataError(f"{option} {name}: {file} is empty")
-        yield from {".jsonl": _json_lines, ".txt": _plain_text, ".parquet": _parquet_rows}[file.suffix](file)
-
-
-def _json_lines(file: Path) -> Iterator[Document]:
-    with file.open("rb") as lines:
-        for number, line in enumerate(lines, 1):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line)
-            except (ValueError, RecursionError) as error:
-                raise DataError(
-                    f"{file}, line {number}: expected one JSON object a line, found {line[:40]!r} ({error})"
-                ) from error
-            yield _document(f"{file}, line {number}", row)
-
-
-def _plain_text(file: Path) -> Iterator[Document]:
-    data = file.read_bytes()
-    try:
-        text = data.decode("utf-8")
-    except UnicodeDecodeError as error:
-        line = data.count(b"\n", 0, error.start) + 1
-        raise DataError(f"{file}, line {line}: no UTF-8 text ({error.reason}); is it a binary file?") from error
-    if "\0" in text:
-        raise DataError(f"{file}, line {text.count(chr(10), 0, text.index(chr(0))) + 1}: a zero byte; a binary file?")
-    yield Document(str(file), text)
-
-
-def _parquet_rows(file: Path) -> Iterator[Document]:
-    import datasets
-
-    try:
-        rows = datasets.load_dataset("parquet", data_files=str(file), split="train", streaming=True)
-        for number, row in enumerate(rows, 1):
-            yield _document(f"{file}, row {number}", row)
-    except DataError:
-        raise
-    except Exception as error:  # pyarrow and datasets raise what they meet in a damaged file
-        raise DataError(f"{file} cannot be read as parquet: {error}") from error
-
-
-def _hub_documents(option: str, name: str, source: str, random_seed: int) -> Iterator[Document]:
-    import datasets
-
-    try:
-        rows = datasets.load_dataset(source, split="train", streaming=True)
-        for number, row in enumerate(rows.shuffle(seed=random_seed, buffer_size=SHUFFLE_BUFFER), 1):
-            yield _document(f"dataset {source}, row {number}", row)
-    except DataError:
-        raise
-    except Exception as error:  # of the client, the network or the dataset
-        raise DataError(
-            f"{option} {name}={source} is no file, and cannot be had as a Hub dataset (split 'train'): {error}"
-        ) from error
-
-
-def _document(place: str, row: Any) -> Document:
-    if not isinstance(row, dict):
-        raise DataError(f"{place}: expected an object with 'text' or 'messages', found {type(row).__name__}")
-    for key, kind in (("text", str), ("messages", list)):
-        if isinstance(row.get(key), kind):
-            return Document(place, row[key])
-    columns = ", ".join(map(str, row)) or "nothing"
-    raise DataError(f"{place}: expected a column 'text' (a string) or 'messages' (a list), found {columns}")
-
-
 def encode_texts(documents: Sequence[Document], tokenizer: Any, end_of_text: int) -> list[list[int]]:
     """Tokens of texts, each ended by `end_of_text`."""
     texts = [document.content for document in documents]
-    encoded = tokenizer(texts, return_attention_mask=False, verbose=False)["input_ids"]
+    try:
+        encoded = tokenizer(texts, return_attention_mask=False, verbose=False)["input_ids"]
+    except Exception as error:  # of characters that are none (lone surrogates)
+        for document in documents if len(documents) > 1 else ():
+            encode_texts([document], tokenizer, end_of_text)
+        raise DataError(f"{documents[0].place}: the tokenizer refuses it: {error}") from error
     return [ids if ids and ids[-1] == end_of_text else [*ids, end_of_text] for ids in encoded]
 
 
@@ -295,9 +190,13 @@ def prepare_domain(
         end_of_text = end_of_text_token(tokenizer, config)
         folder.mkdir(parents=True, exist_ok=True)
         documents = read_documents(option, name, source, files, random_seed)
-        written = _write_tokens(
-            folder / name, documents, tokenizer, end_of_text, config["vocab_size"], None if files else enough, progress
-        )
+        enough = None if files else enough
+        try:
+            written = _write_tokens(
+                folder / name, documents, tokenizer, end_of_text, config["vocab_size"], enough, progress
+            )
+        except OSError as error:
+            raise OutputError(f"{folder} cannot be written: {error.strerror}") from error
         if not written["tokens"]:
             raise DataError(f"{option} {name}={source} holds no text")
         write_json(record, {"read": read, **written})
@@ -348,6 +247,8 @@ def _write_tokens(
         size = 0
         for document in documents:
             is_chat = isinstance(document.content, list)
+            if not (is_chat or document.content.strip()):  # type: ignore[union-attr]
+                continue  # end-of-text tokens alone would be nothing to learn
             if chat is not None and is_chat != chat:
                 raise DataError(f"{document.place}: 'text' and 'messages' in one domain; split it into two")
             chat = is_chat
@@ -380,7 +281,7 @@ def read_array(option: str, name: str, file: Path, vocab_size: int) -> Array:
     """
     try:
         array: Array = np.load(file, mmap_mode="r", allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
+    except Exception as error:  # numpy parses a damaged header with whatever that raises
         raise DataError(f"{option} {name}: {file} cannot be read as a .npy array: {error}") from error
     if not isinstance(array, np.ndarray) or array.dtype.kind not in "iu" or array.ndim not in (1, 2):
         found = f"{array.dtype} {list(array.shape)}" if isinstance(array, np.ndarray) else type(array).__name__

@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from upcycle.data import find_files, prepare_domain, read_array
+from upcycle.data import prepare_domain, read_array
+from upcycle.documents import find_files
 from upcycle.errors import DataError
 from upcycle.losses import forward_losses
 from upcycle.numeric import Array
@@ -32,12 +33,14 @@ def heldout_windows(
     *,
     length: int,
     count: int,
+    longest: int | None = None,
     multiple: int = 1,
     writes: bool = True,
 ) -> Heldout:
     """At most `count` windows of a domain, evenly spaced; the rows of a `.npy` file are windows as they stand.
 
     Args:
+        longest: positions that the model has.
         multiple: their number is one of it, so that processes share them evenly.
 
     Raises:
@@ -67,6 +70,10 @@ def heldout_windows(
         raise DataError(
             f"--eval-data {name}={source} holds {array.size} tokens, too few for {multiple} windows of {length}; give "
             "more text or a shorter --sequence-length"
+        )
+    if longest is not None and rows.shape[1] > longest:
+        raise DataError(
+            f"--eval-data {name}={source}: rows of {rows.shape[1]} tokens, but the model has positions for {longest}"
         )
     chosen = np.linspace(0, len(rows) - 1, found).round().astype(int)
     if counted is not None:

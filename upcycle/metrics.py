@@ -1,5 +1,6 @@
 """What a training measured, as plain numbers for `metrics.jsonl` and for trackers."""
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -26,6 +27,15 @@ def _rounded(value: float) -> float:
     return float(f"{value:.6g}")
 
 
+def finite(value: Any) -> Any:
+    """Plain data with null for what is no finite number, which JSON has no word for."""
+    if isinstance(value, Mapping):
+        return {key: finite(part) for key, part in value.items()}
+    if isinstance(value, list):
+        return [finite(part) for part in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
 def tracked(values: Mapping[str, Any]) -> dict[str, float]:
     """What a tracker can plot: numbers, sums over layers, losses by domain."""
     scalars = {key: value for key, value in values.items() if isinstance(value, (int, float))}
@@ -33,5 +43,6 @@ def tracked(values: Mapping[str, Any]) -> dict[str, float]:
         if key in values:
             scalars[key] = float(np.sum(values[key]))
     for domain, measured in values.get("heldout", {}).items():
-        scalars[f"heldout/{domain}"] = measured["loss"]
+        if measured["loss"] is not None:
+            scalars[f"heldout/{domain}"] = measured["loss"]
     return scalars

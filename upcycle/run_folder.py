@@ -11,8 +11,9 @@ OUT/                    the finished checkpoint, loadable as the one that went i
 import fcntl
 import json
 import os
+import re
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
@@ -62,26 +63,31 @@ class RunFolder:
             OutputError: it holds something that is not to be overwritten, cannot be written, or another run is at it.
             TrainingError: there is nothing to resume.
         """
-        if resume and not (self.out / RECORD).is_file():
-            raise TrainingError(f"--resume: {self.out} holds no training ({RECORD} is missing); start without --resume")
-        out = self.out.resolve()
-        for path in (path.resolve() for path in inputs):
-            if out == path or out in path.parents or path in out.parents:
-                raise OutputError(f"output {self.out} and input {path} lie within one another; choose another --out")
-        if resume and (self.out / CONFIG).is_file():
-            raise TrainingError(f"--resume: the training in {self.out} is finished")
         try:
-            if not resume:
+            self._check_inputs(inputs)
+            if resume:
+                self._check_resumable()
+            else:
                 self._check_free(overwrite)
             self.out.mkdir(parents=True, exist_ok=True)
             self._handle = os.open(self.out / _LOCK, os.O_RDWR | os.O_CREAT, 0o644)
             fcntl.flock(self._handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if not resume:
+                self._check_free(overwrite)  # another training may have ended meanwhile
+                shutil.rmtree(self.tokens, ignore_errors=True)  # made from files that are still there
         except BlockingIOError:
             raise OutputError(f"another training is writing {self.out}; wait for it, or choose another --out") from None
-        except OSError as error:
-            raise OutputError(f"output {self.out} cannot be written: {error.strerror}; choose another --out") from error
-        if not resume:
-            self._clear()
+        except (OSError, RuntimeError) as error:  # RuntimeError: links that lead to themselves
+            raise OutputError(f"output {self.out} cannot be written: {error}; choose another --out") from error
+
+    def begin(self, record: Mapping[str, Any]) -> None:
+        """Put a new training in the place of a former one, all checks being done; its record goes last."""
+        for path in sorted(self.out.iterdir(), key=lambda path: path.name == RECORD):
+            if path.name not in (_LOCK, TOKENS):
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+        temporary = self.out / f".{RECORD}.partial"
+        write_json(temporary, record)
+        temporary.replace(self.out / RECORD)
 
     def close(self) -> None:
         """Let another training have the folder."""
@@ -89,49 +95,66 @@ class RunFolder:
             os.close(self._handle)
             self._handle = None
 
+    def _check_inputs(self, inputs: Sequence[Path]) -> None:
+        out = self.out.resolve()
+        for path in (path.resolve() for path in inputs):
+            if out == path or out in path.parents or path in out.parents:
+                raise OutputError(f"output {self.out} and input {path} lie within one another; choose another --out")
+
+    def _check_resumable(self) -> None:
+        if not (self.out / RECORD).is_file():
+            raise TrainingError(f"--resume: {self.out} holds no training ({RECORD} is missing); start without --resume")
+        if (self.out / CONFIG).is_file():
+            raise TrainingError(f"--resume: the training in {self.out} is finished")
+
     def _check_free(self, overwrite: bool) -> None:
         if not self.out.exists():
             return
         if not self.out.is_dir():
             raise OutputError(f"output {self.out} exists and is no folder; choose another --out")
-        entries = [path for path in self.out.iterdir() if path.name != _LOCK]
-        if not entries:
-            return
-        foreign = sorted(path.name for path in entries if not self._ours(path.name))
-        if foreign or not (self.out / RECORD).is_file():
-            holds = f"holds '{foreign[0]}'" if foreign else "is no training's folder"
-            raise OutputError(f"output {self.out} exists and {holds}, so it is never overwritten; choose another --out")
+        foreign = next(self._foreign(), None)
+        if foreign:
+            raise OutputError(
+                f"output {self.out} exists and holds '{foreign}', so it is never overwritten; choose another --out"
+            )
+        if all(path.name in (_LOCK, TOKENS) for path in self.out.iterdir()):
+            return  # nothing, or what a start that failed left
+        record = read_json(self.out / RECORD) if (self.out / RECORD).is_file() else {}
+        if "upcycle_version" not in record:
+            raise OutputError(
+                f"output {self.out} exists and is no training's folder, so it is never overwritten; choose another "
+                "--out"
+            )
         if not overwrite:
             raise OutputError(
                 f"output {self.out} holds a training; --resume goes on with it, --yes overwrites it, --out chooses "
                 "another folder"
             )
 
-    @staticmethod
-    def _ours(name: str) -> bool:
-        ours = {RECORD, METRICS, TOKENS, CHECKPOINTS, TRACKERS, _LOCK, INDEX, *COMPANIONS}
-        name = name.removeprefix(".").removesuffix(".partial") if name.endswith(".partial") else name
-        return name in ours or (name.startswith("model") and name.endswith(".safetensors"))
-
-    def _clear(self) -> None:
-        for path in self.out.iterdir():
-            if path.name != _LOCK:
-                shutil.rmtree(path) if path.is_dir() else path.unlink()
+    def _foreign(self) -> Iterator[str]:
+        """What lies in the folder and was not made by a training."""
+        inside = {
+            CHECKPOINTS: r"\.?step-\d+(\.upcycle-(partial|old))?",
+            TOKENS: r"heldout|.*\.(tokens|counted|json)",
+        }
+        names = {RECORD, METRICS, TRACKERS, _LOCK, INDEX, *COMPANIONS, *inside}
+        for path in sorted(self.out.iterdir()):
+            name = path.name.removeprefix(".").removesuffix(".partial") if path.suffix == ".partial" else path.name
+            weights = re.fullmatch(r"model(-\d+-of-\d+)?\.safetensors", name)
+            if path.is_symlink() or not (name in names or weights):
+                yield path.name
+            elif name in inside and path.is_dir():
+                yield from (f"{name}/{p.name}" for p in path.iterdir() if not re.fullmatch(inside[name], p.name))
 
     def record(self) -> dict[str, Any]:
         """What `train.json` says."""
         return read_json(self.out / RECORD)
 
-    def write_record(self, record: Mapping[str, Any]) -> None:
-        """Write `train.json`."""
-        temporary = self.out / f"{RECORD}.partial"
-        write_json(temporary, record)
-        temporary.replace(self.out / RECORD)
-
     def checkpoints(self) -> list[Path]:
         """Finished checkpoints, oldest first."""
         folder = self.out / CHECKPOINTS
-        return sorted(folder.glob("step-*"), key=lambda path: int(path.name[5:])) if folder.is_dir() else []
+        found = [path for path in folder.glob("step-*") if re.fullmatch(r"step-\d+", path.name)]
+        return sorted(found, key=lambda path: int(path.name[5:]))
 
     def checkpoint(self, step: int) -> Path:
         """The folder of a step's checkpoint."""
@@ -144,8 +167,11 @@ class RunFolder:
 
     def append(self, value: Mapping[str, Any]) -> None:
         """Add a line to the metrics."""
-        with (self.out / METRICS).open("a", encoding="ascii") as file:
-            file.write(json.dumps(value) + "\n")
+        try:
+            with (self.out / METRICS).open("a", encoding="ascii") as file:
+                file.write(json.dumps(value, allow_nan=False) + "\n")
+        except OSError as error:
+            raise OutputError(f"{self.out / METRICS} cannot be written: {error.strerror}") from error
 
     def rewind(self, step: int) -> None:
         """Drop the metrics of steps after `step`, which a killed run wrote and a resumed one writes again."""

@@ -19,15 +19,15 @@ from torch.distributed.device_mesh import init_device_mesh
 
 from upcycle.checkpoint import partial_folder, staging
 from upcycle.data import Domain, fingerprint, prepare_domain
-from upcycle.errors import TrainingError
+from upcycle.errors import OutputError, TrainingError
 from upcycle.evaluate import Heldout, heldout_windows, measure
 from upcycle.experts import use_autocast_experts
 from upcycle.fit import check_memory, check_space, fit_micro_batch, free_memory
 from upcycle.losses import RouterLosses, forward_losses
-from upcycle.metrics import router_metrics, tracked
+from upcycle.metrics import finite, router_metrics, tracked
 from upcycle.optimization import add_lora, choose_trained, forget_others, make_optimizer, parse_trained
 from upcycle.processes import make_accelerator, mean_over_forwards, one_by_one
-from upcycle.run_folder import RunFolder, copy_companions
+from upcycle.run_folder import PROGRESS, RunFolder, copy_companions
 from upcycle.schedules import schedule
 from upcycle.speed import matmul_rate
 from upcycle.stream import MAX_EPOCHS, Batch, TokenStream
@@ -152,13 +152,18 @@ class _Training:
         self.stream = TokenStream(
             domains, settings.shares, settings.sequence_length, settings.batch_size, settings.random_seed
         )
-        with one_by_one(self.accelerator):
-            self._keep_record(domains, reasons)
+        record = self._record(domains, reasons)
+        if self.options.resume:
+            with one_by_one(self.accelerator):
+                if self.main:
+                    self._check_record(record)
         self._warn_of_epochs()
         torch.manual_seed(settings.random_seed)  # models draw from no other generator
         self._build()
         with one_by_one(self.accelerator):
             self._check_space()
+            if self.main and not self.options.resume:
+                self.run.begin(record)
         self._resume()
         self._announce(domains, reasons)
         if self.step == 0:
@@ -166,6 +171,11 @@ class _Training:
         while self.step < settings.steps:
             self._one_step()
             last = self.step == settings.steps
+            if last and self.watchdog.skipped:
+                raise TrainingError(
+                    f"the last {self.watchdog.skipped} of {self.step} steps could not be taken, so there is nothing to "
+                    "finish with; start again from the model that went in, with a lower --learning-rate"
+                )
             if last or self.step % settings.eval_every == 0:
                 self._evaluate()
             stopping = self._agreed(stop())
@@ -242,15 +252,17 @@ class _Training:
                         config,
                         length=settings.sequence_length,
                         count=settings.eval_windows,
+                        longest=self.facts.positions,
                         multiple=self.accelerator.num_processes,
                         writes=self.main,
                     )
                 )
         return domains, windows
 
-    def _keep_record(self, domains: Sequence[Domain], reasons: Mapping[str, str]) -> None:
-        """Write what this training is, or check that the resumed one is the same."""
-        record: dict[str, Any] = {
+    def _record(self, domains: Sequence[Domain], reasons: Mapping[str, str]) -> dict[str, Any]:
+        """What this training is, as `train.json` holds it."""
+        heldout = [Domain(part.name, part.name, part.tokens.reshape(-1), None, None) for part in self.windows]
+        return {
             "upcycle_version": __version__,
             "model": self.options.model.resolve().name,
             "model_fingerprint": checkpoint_fingerprint(self.options.model),
@@ -258,20 +270,26 @@ class _Training:
             "reasons": dict(reasons),
             "data": {domain.name: {"tokens": domain.tokens.size, "documents": domain.documents} for domain in domains},
             "data_fingerprint": fingerprint(domains),
+            "heldout_fingerprint": fingerprint(heldout),
         }
-        if self.options.resume and self.main:
-            former = self.run.record()
-            before = {**former, **former.get("settings", {})}
-            same = ("model_fingerprint", "data_fingerprint")
-            for key, value in {**record["settings"], **{key: record[key] for key in same}}.items():
-                found = before.get(key)
-                if found != value:
-                    raise TrainingError(
-                        f"--resume: {key} was {found!r} in {self.options.out} and is {value!r} now; give the same "
-                        "options and data as before, or start a new training with another --out"
-                    )
-        elif self.main:
-            self.run.write_record(record)
+
+    def _check_record(self, record: Mapping[str, Any]) -> None:
+        """Refuse to resume another training than this one.
+
+        Raises:
+            TrainingError: what differs.
+        """
+        former = self.run.record()
+        before, now = former.get("settings"), record["settings"]
+        prints = [key for key in record if key.endswith("_fingerprint")]
+        pairs = {key: (former.get(key), record[key]) for key in prints}
+        pairs |= {key: (before.get(key) if isinstance(before, dict) else None, now[key]) for key in now}
+        for key, (found, value) in pairs.items():
+            if found != value:
+                raise TrainingError(
+                    f"--resume: {key} was {found!r} in {self.options.out} and is {value!r} now; give the same model, "
+                    "options and data as before, or start a new training with another --out"
+                )
 
     def _warn_of_epochs(self) -> None:
         for name, epochs in self.stream.epochs(self.settings.steps * self.settings.batch_size).items():
@@ -326,10 +344,15 @@ class _Training:
             return
         rank = self.accelerator.process_index
         progress = load_state(found[-1], self.model, self.optimizer, rank, self.sharded)
-        self.step = self.first_step = progress["step"]
-        self.stream.load_state(progress["stream"])
-        self.watchdog.load_state(progress["watchdog"])
-        self.heldout, self.first_heldout = progress["heldout"], progress["first_heldout"]
+        try:
+            self.step = self.first_step = int(progress["step"])
+            self.stream.load_state(progress["stream"])
+            self.watchdog.load_state(progress["watchdog"])
+            self.heldout, self.first_heldout = progress["heldout"], progress["first_heldout"]
+        except (KeyError, TypeError, ValueError) as error:
+            raise TrainingError(
+                f"{found[-1]}: its {PROGRESS} is damaged ({error!r}); remove the folder to resume from the one before"
+            ) from error
         if self.main:
             self.run.rewind(self.step)
 
@@ -447,6 +470,7 @@ class _Training:
         self._log("eval", {"step": self.step, "heldout": measured})
 
     def _log(self, event: str, values: dict[str, Any]) -> None:
+        values = finite(values)
         if self.main:
             self.run.append(values)
         self.tell(event, **values)
@@ -460,7 +484,25 @@ class _Training:
         return bool(self.accelerator.reduce(torch.tensor(float(stop), device=self.accelerator.device), "sum").item())
 
     def _save(self) -> None:
-        target = self.run.checkpoint(self.step)
+        """Write a checkpoint and the state to go on from, in place only when whole.
+
+        Raises:
+            TrainingError: the weights are not finite; OutputError: they cannot be written.
+        """
+        if not all(bool(parameter.detach().isfinite().all()) for parameter in self.trained):
+            raise TrainingError(
+                f"step {self.step}: a weight is no finite number, so it is not saved; start again from the model that "
+                "went in, with a lower --learning-rate"
+            )
+        try:
+            self._write_checkpoint(self.run.checkpoint(self.step))
+        except (OSError, RuntimeError) as error:  # torch.save's own error is the latter
+            raise OutputError(
+                f"the checkpoint of step {self.step} cannot be written to {self.options.out}: {error}; the one before "
+                "is whole, --resume goes on from it"
+            ) from error
+
+    def _write_checkpoint(self, target: Path) -> None:
         accelerator = self.accelerator
         progress = {
             "step": self.step,

@@ -1,14 +1,15 @@
 """What a training was asked for, and what that means for a model, its data and this machine."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
 from upcycle.checkpoint import CONFIG, PROVENANCE, read_json
-from upcycle.data import find_files
 from upcycle.dense_config import read_dense
-from upcycle.errors import SeedError, TrainingError
+from upcycle.documents import find_files
+from upcycle.errors import CheckpointError, SeedError, TrainingError
 from upcycle.layout import Layout, make_layout
 from upcycle.mixture import read_mixture
 from upcycle.optimization import parse_trained
@@ -16,6 +17,7 @@ from upcycle.recipe import Recipe
 from upcycle.scaling import DENSE, layout_cost
 from upcycle.schedules import Choice, default_batch_size, default_learning_rate, warm_up_steps
 
+_POSITIONS: Final = ("max_position_embeddings", "n_positions", "n_ctx", "max_sequence_length", "max_seq_len")
 MAX_SEQUENCE: Final = 2048  # the default, where the model could take longer ones
 
 
@@ -120,6 +122,13 @@ class ModelFacts:
     seed_parameters: int = 0
 
     @property
+    def positions(self) -> int | None:
+        """The longest sequence, where the config names one."""
+        dense = self.config.get("dense_config") or self.config
+        found = next((dense[key] for key in _POSITIONS if key in dense), None)
+        return found if isinstance(found, int) and found > 0 else None
+
+    @property
     def num_experts(self) -> int:
         """1 for a dense model."""
         return max(1, len(self.experts))
@@ -137,7 +146,22 @@ def read_facts(folder: Path) -> ModelFacts:
     Raises:
         CheckpointError, SeedError: no checkpoint, or a damaged one.
     """
-    config = read_json(folder / CONFIG)
+    try:
+        facts = _read_facts(folder, read_json(folder / CONFIG))
+        vocab_size = (facts.config.get("dense_config") or facts.config)["vocab_size"]
+        sound = isinstance(vocab_size, int) and math.isfinite(facts.load_balance) and math.isfinite(facts.z)
+        sound = sound and (facts.top_k is None or 1 <= facts.top_k <= facts.num_experts)
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{folder / CONFIG} or {PROVENANCE} holds a value of a wrong kind: {error!r}") from error
+    if not sound:
+        raise CheckpointError(
+            f"{folder / CONFIG}: vocab_size {vocab_size!r}, {facts.top_k} of {facts.num_experts} experts a token, "
+            f"loss weights {facts.load_balance} and {facts.z}: they are no sound values"
+        )
+    return facts
+
+
+def _read_facts(folder: Path, config: Mapping[str, Any]) -> ModelFacts:
     if config.get("model_type") == "bam":
         mixture = read_mixture(folder)
         return ModelFacts(
@@ -201,10 +225,9 @@ def resolve(
         TrainingError: values that do not fit one another.
     """
     reasons: dict[str, str] = {}
-    positions = int((facts.config.get("dense_config") or facts.config).get("max_position_embeddings") or MAX_SEQUENCE)
-    length = options.sequence_length or min(positions, MAX_SEQUENCE)
-    if length > positions:
-        raise TrainingError(f"--sequence-length {length}: the model has positions for {positions} tokens")
+    length = options.sequence_length or min(facts.positions or MAX_SEQUENCE, MAX_SEQUENCE)
+    if facts.positions and length > facts.positions:
+        raise TrainingError(f"--sequence-length {length}: the model has positions for {facts.positions} tokens")
 
     def chosen(name: str, choice: Choice) -> float:
         reasons[name] = choice.reason
@@ -215,7 +238,7 @@ def resolve(
     )
     if batch % processes:
         raise TrainingError(f"--batch-size {batch} sequences do not divide among {processes} processes")
-    micro = min(options.micro_batch_size or batch // processes, batch // processes)
+    micro = options.micro_batch_size or batch // processes
     if (batch // processes) % micro:
         raise TrainingError(
             f"--micro-batch-size {micro}: the {batch // processes} sequences of a process are no multiple of it"
@@ -226,7 +249,10 @@ def resolve(
         rate = chosen("learning_rate", default_learning_rate(facts.seed_parameters or 10**9, tokens))
     if not 0 < rate < float("inf"):
         raise TrainingError(f"--learning-rate {rate}: expected a number above 0")
-    kind, _ = parse_trained(options.trained)
+    kind, router_steps = parse_trained(options.trained)
+    for option, steps in (("--warm-up", options.warm_up or 0), ("--train routers-then-all", router_steps)):
+        if steps > options.steps:
+            raise TrainingError(f"{option}: {steps} steps, but the training has {options.steps}")
     if kind != "all" and facts.kind == "dense":
         raise TrainingError(f"--train {options.trained}: the model is dense, it has neither experts nor routers")
     if options.lora and options.trained != "all":

@@ -44,7 +44,7 @@ class Watchdog:
         if self.skipped >= MAX_SKIPPED:
             raise TrainingError(
                 f"step {step}: {reason}, and so were the {MAX_SKIPPED - 1} steps before it; none of them was taken. "
-                "Checkpoints from before are whole; a lower --learning-rate may help"
+                "Start again from the model that went in, with a lower --learning-rate"
             )
         return reason
 
