@@ -18,9 +18,9 @@ from accelerate import Accelerator
 from torch.distributed.device_mesh import init_device_mesh
 
 from upcycle.checkpoint import partial_folder, staging
-from upcycle.data import Domain, fingerprint, prepare_domain
+from upcycle.data import Domain
 from upcycle.errors import OutputError, TrainingError
-from upcycle.evaluate import Heldout, heldout_windows, measure
+from upcycle.evaluate import measure
 from upcycle.experts import use_autocast_experts
 from upcycle.fit import check_memory, check_space, fit_micro_batch, free_memory
 from upcycle.losses import RouterLosses, forward_losses
@@ -31,11 +31,11 @@ from upcycle.run_folder import PROGRESS, RunFolder, copy_companions
 from upcycle.schedules import schedule
 from upcycle.speed import matmul_rate
 from upcycle.stream import MAX_EPOCHS, Batch, TokenStream
+from upcycle.training_data import check_same, prepare_data, training_record
 from upcycle.training_settings import ModelFacts, Settings, TrainingOptions, local_files, read_facts, resolve
 from upcycle.training_state import load_state, save_state
-from upcycle.version import __version__
 from upcycle.watchdog import Watchdog
-from upcycle.weights import checkpoint_fingerprint, load_model, load_sharded, quiet_transformers, write_weights
+from upcycle.weights import load_model, load_sharded, quiet_transformers, write_weights
 
 Watch = Callable[[Mapping[str, Any]], None]
 
@@ -147,16 +147,23 @@ class _Training:
     def run_all(self, reasons: Mapping[str, str], stop: Callable[[], bool]) -> TrainingResult:
         """Prepare, train, finish."""
         began = time.monotonic()
-        domains, self.windows = self._prepare_data()
+        domains, self.windows = prepare_data(
+            self.options,
+            self.settings,
+            self.facts,
+            self.run.tokens,
+            self.accelerator,
+            lambda domain, tokens: self.tell("tokens", domain=domain, tokens=tokens),
+        )
         settings = self.settings
         self.stream = TokenStream(
             domains, settings.shares, settings.sequence_length, settings.batch_size, settings.random_seed
         )
-        record = self._record(domains, reasons)
+        record = training_record(self.options.model, self.settings, reasons, domains, self.windows)
         if self.options.resume:
             with one_by_one(self.accelerator):
                 if self.main:
-                    self._check_record(record)
+                    check_same(self.options.out, self.run.record(), record)
         self._warn_of_epochs()
         torch.manual_seed(settings.random_seed)  # models draw from no other generator
         self._build()
@@ -212,84 +219,6 @@ class _Training:
         self.tell("warning", message=message)
 
     # What is there before the first step
-
-    def _prepare_data(self) -> tuple[list[Domain], list[Heldout]]:
-        options, settings = self.options, self.settings
-        tokenizer = _tokenizer(options.model)
-        config = self.facts.config.get("dense_config") or self.facts.config
-        enough = settings.steps * settings.batch_tokens + settings.sequence_length + 1
-        domains, windows = [], []
-        with one_by_one(self.accelerator):
-            for name, source in options.data.items():
-                count = 0
-
-                def progress(added: int, name: str = name) -> None:
-                    nonlocal count
-                    count += added
-                    self.tell("tokens", domain=name, tokens=count)
-
-                domains.append(
-                    prepare_domain(
-                        "--data",
-                        name,
-                        source,
-                        self.run.tokens,
-                        tokenizer,
-                        config,
-                        random_seed=settings.random_seed,
-                        enough=int(enough * settings.shares[name]) + 1,
-                        progress=progress,
-                        writes=self.main,
-                    )
-                )
-            for name, source in options.heldout.items():
-                windows.append(
-                    heldout_windows(
-                        name,
-                        source,
-                        self.run.tokens / "heldout",
-                        tokenizer,
-                        config,
-                        length=settings.sequence_length,
-                        count=settings.eval_windows,
-                        longest=self.facts.positions,
-                        multiple=self.accelerator.num_processes,
-                        writes=self.main,
-                    )
-                )
-        return domains, windows
-
-    def _record(self, domains: Sequence[Domain], reasons: Mapping[str, str]) -> dict[str, Any]:
-        """What this training is, as `train.json` holds it."""
-        heldout = [Domain(part.name, part.name, part.tokens.reshape(-1), None, None) for part in self.windows]
-        return {
-            "upcycle_version": __version__,
-            "model": self.options.model.resolve().name,
-            "model_fingerprint": checkpoint_fingerprint(self.options.model),
-            "settings": self.settings.plain(),
-            "reasons": dict(reasons),
-            "data": {domain.name: {"tokens": domain.tokens.size, "documents": domain.documents} for domain in domains},
-            "data_fingerprint": fingerprint(domains),
-            "heldout_fingerprint": fingerprint(heldout),
-        }
-
-    def _check_record(self, record: Mapping[str, Any]) -> None:
-        """Refuse to resume another training than this one.
-
-        Raises:
-            TrainingError: what differs.
-        """
-        former = self.run.record()
-        before, now = former.get("settings"), record["settings"]
-        prints = [key for key in record if key.endswith("_fingerprint")]
-        pairs = {key: (former.get(key), record[key]) for key in prints}
-        pairs |= {key: (before.get(key) if isinstance(before, dict) else None, now[key]) for key in now}
-        for key, (found, value) in pairs.items():
-            if found != value:
-                raise TrainingError(
-                    f"--resume: {key} was {found!r} in {self.options.out} and is {value!r} now; give the same model, "
-                    "options and data as before, or start a new training with another --out"
-                )
 
     def _warn_of_epochs(self) -> None:
         for name, epochs in self.stream.epochs(self.settings.steps * self.settings.batch_size).items():
@@ -522,13 +451,3 @@ class _Training:
         if self.main:
             self.run.prune()
         self.tell("checkpoint", step=self.step, folder=str(target), bytes=written)
-
-
-def _tokenizer(folder: Path) -> Any:
-    """The checkpoint's tokenizer, or None where there is none (pre-tokenised data needs none)."""
-    from transformers import AutoTokenizer
-
-    try:
-        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    except Exception:  # whatever it meets; text without a tokenizer is refused where it is read
-        return None
