@@ -126,6 +126,31 @@ def test_native_mixtures_give_the_same_terms() -> None:
     assert not routers.attention_z.numel()
 
 
+@pytest.mark.parametrize("vocab", [7, 400_000])
+def test_the_nll_and_its_gradient_are_the_librarys(vocab: int) -> None:
+    """Also where a piece is one row, and where logits are so large that their exponential is not finite."""
+    torch.manual_seed(0)
+    logits = (torch.randn(2, 5, vocab, dtype=torch.float64) * 300).requires_grad_()
+    targets = torch.randint(vocab, (2, 5))
+    counted = torch.rand(2, 5) > 0.4
+    expected = torch.nn.functional.cross_entropy(
+        logits.flatten(0, 1), targets.masked_fill(~counted, -100).flatten(), reduction="sum"
+    )
+    [gradient] = torch.autograd.grad(expected * 3, logits)
+    found = next_token_nll(logits, targets, counted)
+    [own] = torch.autograd.grad(found * 3, logits)
+    assert found.item() == pytest.approx(expected.item(), rel=EXACT)
+    torch.testing.assert_close(own, gradient, atol=1e-12, rtol=0)
+    with torch.no_grad():
+        assert next_token_nll(logits, targets, counted).item() == found.item()
+
+
+def test_a_nan_in_the_logits_is_seen() -> None:
+    logits = torch.zeros(1, 3, 5)
+    logits[0, 1, 2] = float("nan")
+    assert next_token_nll(logits, torch.zeros(1, 3, dtype=torch.int64)).isnan()
+
+
 def test_uncounted_targets_have_no_gradient() -> None:
     logits = torch.randn(2, 3, 5, dtype=torch.float64, requires_grad=True)
     counted = torch.tensor([[True, False, True], [False, False, True]])

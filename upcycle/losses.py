@@ -5,11 +5,14 @@ Axes: B sequences, S positions, T tokens (B * S), L layers, N experts, V vocabul
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Final
 
 import torch
 
 from upcycle.modeling.modeling_bam import load_balance_loss, z_loss
+
+# Logits whose loss and gradient are made at once: on a CPU what its cache holds, on a GPU what keeps it busy.
+PIECE: Final = {"cpu": 2**18, "cuda": 2**26}
 
 
 @dataclass(frozen=True)
@@ -47,10 +50,41 @@ def next_token_nll(logits: torch.Tensor, targets: torch.Tensor, counted: torch.T
         targets: int64 `[B, S]`, the token that follows each position.
         counted: bool `[B, S]`, or None for all.
     """
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    if counted is not None:
-        targets = targets.masked_fill(~counted, -100)
-    return torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum")
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32)).flatten(0, 1)
+    marks = torch.ones_like(targets, dtype=torch.bool) if counted is None else counted
+    total: torch.Tensor = _SummedNll.apply(logits, targets.flatten(), marks.flatten())  # type: ignore[no-untyped-call]
+    return total
+
+
+class _SummedNll(torch.autograd.Function):
+    """Summed NLL whose gradient, softmax less the target's one, is made in the forward, piece by piece.
+
+    Log-probabilities are never there as a whole: half the memory of log_softmax and its backward, and a piece stays in
+    the cache from the exponential to the gradient.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, logits: torch.Tensor, targets: torch.Tensor, counted: torch.Tensor) -> torch.Tensor:
+        gradient = torch.empty_like(logits) if ctx.needs_input_grad[0] else None
+        total = logits.new_zeros(())
+        rows = max(1, PIECE.get(logits.device.type, PIECE["cuda"]) // logits.shape[-1])
+        for begin in range(0, len(logits), rows):
+            part, target, mark = (values[begin : begin + rows] for values in (logits, targets, counted))
+            highest = part.amax(-1, keepdim=True)
+            powers = torch.sub(part, highest, out=None if gradient is None else gradient[begin : begin + rows]).exp_()
+            sums = powers.sum(-1, keepdim=True)
+            chosen = part.gather(-1, target[:, None])
+            total += ((sums.log() + highest - chosen)[:, 0] * mark).sum()
+            if gradient is not None:
+                powers.mul_(mark[:, None] / sums)
+                powers.scatter_add_(-1, target[:, None], -mark[:, None].to(powers.dtype))
+        ctx.gradient = gradient
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *outer: torch.Tensor) -> tuple[torch.Tensor | None, None, None]:
+        gradient, ctx.gradient = ctx.gradient, None
+        return gradient.mul_(outer[0]), None, None
 
 
 def router_losses(

@@ -180,7 +180,7 @@ class Counter:
         return Stage(tokens * saved + copies + added, tokens * transient + added, gradients)
 
     def stages(self, tokens: int, checkpointing: bool) -> list[Stage]:
-        """The forward's stages in their order; of the loss, log-probabilities, then their gradient and the logits'."""
+        """The forward's stages in their order; the last is the loss, which makes the logits' gradient beside them."""
         sizes, values = self.layout.model.sizes, self.layout.model.values
         vocab, tied = FP32 * sizes.vocab, self.layout.model.tied and self.learns("head")  # tied: two gradients, added
         stages = [replace(self.stage("embedding", tokens, INDEX, 0), transient=tied * vocab * sizes.hidden)]
@@ -195,7 +195,7 @@ class Counter:
         capped = self.width * sizes.vocab * bool(values.get("final_logit_softcapping"))
         head = self.norm(self.learns("norms")) + self.read(self.learns("head")) + capped
         stages.append(self.stage("head", tokens, head, vocab + self.width % FP32 * sizes.vocab))  # % FP32: of a cast
-        return [*stages, Stage(tokens * vocab, tokens * 2 * vocab)]
+        return [*stages, Stage(tokens * vocab, tokens * vocab)]
 
     def norm(self, learns: bool) -> int:
         """Torch's layer norm keeps its input; the families' own norms compute in fp32 and keep what they scale, too."""
