@@ -171,6 +171,9 @@ class _Training:
             self._check_space()
             if self.main and not self.options.resume:
                 self.run.begin(record)
+        if self.options.log_with:
+            config = {**settings.plain(), "shares": str(dict(settings.shares))}
+            self.accelerator.init_trackers("upcycle", config=config)
         self._resume()
         self._announce(domains, reasons)
         if self.step == 0:
@@ -253,8 +256,6 @@ class _Training:
             self.wrapped = accelerator.prepare(model)
         self.optimizer = make_optimizer(model, settings.optimizer, settings.learning_rate, settings.weight_decay)
         self.trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        if options.log_with:
-            accelerator.init_trackers("upcycle", config={**settings.plain(), "shares": str(dict(settings.shares))})
 
     def _check_space(self) -> None:
         if self.main:
