@@ -543,6 +543,10 @@ def test_the_command_line(base_seed: Path, tmp_path: Path) -> None:
     record = json.loads((tmp_path / "out" / "train.json").read_text())
     assert record["settings"]["shares"] == {"code": pytest.approx(2 / 3), "law": pytest.approx(1 / 3)}
     assert "step law" in record["reasons"]["learning_rate"]
+    sequences = {name: about["tokens"] // 16 for name, about in record["data"].items()}
+    shares = record["settings"]["shares"]
+    expected = {name: 3 * record["settings"]["batch_size"] * shares[name] / sequences[name] for name in shares}
+    assert record["epochs"] == pytest.approx(expected)
     shown = run_cli("train", base_seed, *files, *sizes, "--yes", cwd=tmp_path)
     assert "before" in shown.stdout
     twice = run_cli("train", base_seed, "--data", "a=x.jsonl", "a=y.jsonl", *sizes, cwd=tmp_path)

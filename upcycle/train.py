@@ -160,6 +160,7 @@ class _Training:
             domains, settings.shares, settings.sequence_length, settings.batch_size, settings.random_seed
         )
         record = training_record(self.options.model, self.settings, reasons, domains, self.windows)
+        record["epochs"] = self.stream.epochs(settings.steps * settings.batch_size)
         if self.options.resume:
             with one_by_one(self.accelerator):
                 if self.main:
