@@ -69,12 +69,13 @@ def test_the_wheel_installs_only_upcycle(seeds, tmp_path):
 
 @pytest.mark.slow
 def test_the_oldest_transformers_passes_too(tmp_path):
-    """The model's tests in an environment with transformers 5.17."""
+    """The tests of model, merge and training in an environment with transformers 5.17."""
     lines = (ROOT / "constraints.txt").read_text().splitlines()
     older = [line for line in lines if not line.startswith(("transformers==", "huggingface_hub==", "tokenizers=="))]
     (tmp_path / "older.txt").write_text("\n".join(older))
     requirements = ("--constraint", tmp_path / "older.txt", "transformers==5.17.*", "--editable", f"{ROOT}[dev]")
     python = fresh_environment(tmp_path / "env", *requirements)
-    tests = ("tests/test_modeling.py", "tests/test_modeling_use.py", "tests/test_families.py", "tests/test_merge.py")
+    names = ("modeling", "modeling_use", "families", "merge", "losses", "train")
+    tests = [f"tests/test_{name}.py" for name in names]
     assert "5.17" in run(python, "-c", "import transformers; print(transformers.__version__)")
     assert " passed" in run(python, "-m", "pytest", "-q", "-n", "2", *tests)
