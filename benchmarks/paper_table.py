@@ -68,7 +68,8 @@ class Set:
         where = self.work / self.name / f"{recipe.replace(', ', '-').replace(' ', '-')}-{random_seed}-{steps}"
         found = where.with_suffix(".json")
         if found.is_file():
-            return json.loads(found.read_text())["heldout"]  # type: ignore[no-any-return]
+            known: dict[str, float] = json.loads(found.read_text())["heldout"]
+            return known
         model = self.models / ("seed" if recipe == DENSE else recipe)
         merged = self.work / self.name / f"{recipe}-{random_seed}-{steps}-merged"
         if recipe in (*MIXTURES, "average"):
@@ -84,12 +85,13 @@ class Set:
         )
         if not steps:
             result["heldout"] = result["first_heldout"]
+        losses: dict[str, float] = result["heldout"]
         shutil.copy(where / "metrics.jsonl", where.with_suffix(".metrics.jsonl"))
         for folder in (where, merged):
             shutil.rmtree(folder, ignore_errors=True)
         found.write_text(json.dumps(result, indent=2))
         print(f"{self.name} {where.name}: {mean(result['heldout']):.4f}", file=sys.stderr, flush=True)
-        return result["heldout"]  # type: ignore[no-any-return]
+        return losses
 
 
 def domains(specialists: tuple[str, ...]) -> list[str]:

@@ -1,6 +1,5 @@
 """What a training shows while it runs: a live view on a terminal, nothing elsewhere but warnings."""
 
-import os
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -22,7 +21,7 @@ def training_view() -> Iterator[Callable[[Mapping[str, Any]], None]]:
     from rich.live import Live
 
     console = Console(stderr=True)
-    if not console.is_terminal or os.environ.get("RANK", "0") != "0":
+    if not console.is_terminal or not output.is_first_process():
         yield lambda event: output.warning(event["message"]) if event["event"] == "warning" else None
         return
     view = _View()

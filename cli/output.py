@@ -45,6 +45,11 @@ def _message(label: str, style: str, message: str) -> None:
     sys.stderr.write((f"\x1b[{style}m{label}\x1b[0m " if color else f"{label} ") + message + "\n")
 
 
+def is_first_process() -> bool:
+    """Whether this process is the one that shows things, of those that a launcher started."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 def printable(text: str) -> str:
     """Text that cannot steer the terminal, newlines left in."""
     return "".join(char if char.isprintable() or char == "\n" else ascii(char)[1:-1] for char in text)

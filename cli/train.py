@@ -1,6 +1,5 @@
 """`upcycle train`: a mixture, or a dense model, trained on a mix of domains."""
 
-import os
 import signal
 from collections.abc import Mapping
 from pathlib import Path
@@ -126,19 +125,13 @@ def train(
                 stop.listen()
             watch(event)
 
-        if os.environ.get("RANK", "0") != "0":
+        if not output.is_first_process():
             stop.listen()  # events come to the first process alone
         result = run(options, see, lambda: bool(stop.came))
-    if _is_main():
+    if output.is_first_process():
         _show(result, as_json)
     if not result.finished and signal.SIGTERM not in stop.came:
         raise output.Stopped
-
-
-def _is_main() -> bool:
-    from accelerate import PartialState
-
-    return bool(PartialState().is_main_process)
 
 
 class _Stop:

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 import upcycle
-from tests.tiny import BY_NAME, VOCAB, make_seed
+from tests.tiny import BY_NAME, VOCAB, make_seed, make_seeds
 from upcycle.merge import merge
 from upcycle.plan import plan_merge
 from upcycle.recipe import load_recipe
@@ -66,6 +66,24 @@ def base_seed(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def seeds(base_seed: Path, tmp_path: Path) -> list[Path]:
     """Three specialists of one ancestor, `code`, `law` and `math`; a test may damage them."""
     return [branch(base_seed, tmp_path / name, index + 1) for index, name in enumerate(("code", "law", "math"))]
+
+
+@pytest.fixture
+def mixture(tmp_path: Path) -> Path:
+    merge_and_load(make_seeds(BY_NAME["llama"], tmp_path / "seeds", dtype=torch.bfloat16), tmp_path / "mixture", "bam")
+    return tmp_path / "mixture"
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> dict[str, str]:
+    """Two domains whose tokens follow one another by a rule, so that there is something to learn."""
+    sources = {}
+    for name, step in (("code", 3), ("law", 7)):
+        random = np.random.default_rng(step)
+        tokens = (random.integers(VOCAB) + step * np.arange(3000)) % (VOCAB - 3) + 3
+        np.save(tmp_path / f"{name}.npy", tokens.astype(np.uint16))
+        sources[name] = str(tmp_path / f"{name}.npy")
+    return sources
 
 
 def run_cli(*arguments: object, cwd: Path | None = None, **environment: str) -> subprocess.CompletedProcess[str]:

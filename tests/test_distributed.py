@@ -14,9 +14,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.conftest import merge_and_load
-from tests.test_train import arguments, data, metrics, mixture, run_cli  # noqa: F401
+from tests.conftest import merge_and_load, run_cli
 from tests.tiny import BY_NAME, make_seeds
+from tests.training import arguments, metrics
 
 LAUNCH = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
 SIZES = ("--micro-batch-size", 1, "--steps", 6, "--save-every", 3)
@@ -55,7 +55,7 @@ def losses(folder: Path) -> list[float]:
 
 
 @pytest.fixture
-def one(mixture: Path, data: Mapping[str, str], tmp_path: Path) -> Path:  # noqa: F811
+def one(mixture: Path, data: Mapping[str, str], tmp_path: Path) -> Path:
     """One process that accumulates two forwards for each of two processes' two."""
     done = run_cli(*arguments(mixture, data, tmp_path / "one", *SIZES), OMP_NUM_THREADS="1")
     assert done.returncode == 0, done.stderr
@@ -66,8 +66,8 @@ def one(mixture: Path, data: Mapping[str, str], tmp_path: Path) -> Path:  # noqa
 def test_two_processes_train_like_one_also_when_killed(
     more: tuple[str, ...],
     one: Path,
-    mixture: Path,  # noqa: F811
-    data: Mapping[str, str],  # noqa: F811
+    mixture: Path,
+    data: Mapping[str, str],
     tmp_path: Path,
 ) -> None:
     command = arguments(mixture, data, tmp_path / "two", *SIZES, *more)

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.test_train import arguments, data, metrics, mixture, run_cli  # noqa: F401
+from tests.conftest import run_cli
+from tests.training import arguments, metrics
 
 pytestmark = [
     pytest.mark.gpu,
@@ -18,8 +19,8 @@ pytestmark = [
 @pytest.mark.parametrize("optimizer", ["adamw", "adamw-8bit", "adamw-offload"])
 def test_training_in_bf16_lowers_the_loss(
     optimizer: str,
-    mixture: Path,  # noqa: F811
-    data: Mapping[str, str],  # noqa: F811
+    mixture: Path,
+    data: Mapping[str, str],
     tmp_path: Path,
 ) -> None:
     if optimizer != "adamw" and importlib.util.find_spec("torchao") is None:
@@ -32,8 +33,8 @@ def test_training_in_bf16_lowers_the_loss(
 
 
 def test_fp32_on_the_gpu_is_fp32_on_the_host(
-    mixture: Path,  # noqa: F811
-    data: Mapping[str, str],  # noqa: F811
+    mixture: Path,
+    data: Mapping[str, str],
     tmp_path: Path,
 ) -> None:
     for name, devices in (("gpu", "0"), ("host", "")):

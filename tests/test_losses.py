@@ -6,10 +6,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from transformers import MixtralConfig, MixtralForCausalLM
+from transformers import MixtralForCausalLM
 
 from tests.conftest import merge_and_load
-from tests.tiny import BY_NAME, VOCAB, make_seeds
+from tests.tiny import BY_NAME, VOCAB, make_seeds, mixtral_config
 from upcycle.losses import forward_losses, next_token_nll
 
 EXACT = 1e-12
@@ -105,18 +105,9 @@ def test_gradients_reach_every_router(term: str, mixture: Any) -> None:
 
 def test_native_mixtures_give_the_same_terms() -> None:
     torch.manual_seed(0)
-    config = MixtralConfig(
-        vocab_size=VOCAB,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        num_local_experts=4,
-        num_experts_per_tok=2,
-        experts_implementation="eager",
-    )
+    config = mixtral_config()
     model = MixtralForCausalLM(config).double()
+    model.set_experts_implementation("eager")
     batch = tokens()
     _, routers = forward_losses(model, batch, None, 2)
     logits = model(input_ids=batch[:, :-1], output_router_logits=True).router_logits

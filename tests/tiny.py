@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, MixtralConfig
 
 VOCAB = 96
 
@@ -75,6 +75,20 @@ def dense_config(case: Case) -> Any:
     if sizes["num_key_value_heads"] is None:
         del sizes["num_key_value_heads"]
     return AutoConfig.for_model(case.model_type, **sizes)
+
+
+def mixtral_config() -> MixtralConfig:
+    """One of transformers' own mixtures, four experts of which a token uses two."""
+    return MixtralConfig(
+        vocab_size=VOCAB,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        num_local_experts=4,
+        num_experts_per_tok=2,
+    )
 
 
 def make_seed(case: Case, folder: Path, random_seed: int, dtype: torch.dtype = torch.float32) -> Path:

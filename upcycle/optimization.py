@@ -10,7 +10,6 @@ from torch import nn
 from upcycle.errors import TrainingError
 from upcycle.offload import OffloadedAdamW
 
-OPTIMIZERS: Final = ("adamw", "adamw-8bit", "adamw-offload")
 BETAS: Final = (0.9, 0.95)
 # Names of parameters that routers and experts have in BAM and in transformers' own mixtures.
 _ROUTER: Final = re.compile(r"\.(router|gate)\.(weight|bias)$")

@@ -4,7 +4,6 @@ import math
 from dataclasses import dataclass
 from typing import Final
 
-SCHEDULES: Final = ("cosine", "wsd", "power")
 FINAL_SHARE: Final = 0.1  # of the peak, at the end of a cosine (arXiv:2408.08274)
 WARM_UP_SHARE: Final = 0.1  # of all steps
 MAX_WARM_UP: Final = 1500  # steps (arXiv:2408.08274, the small model)

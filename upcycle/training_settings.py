@@ -247,25 +247,7 @@ def resolve(
     if rate is None:
         tokens = options.steps * batch * length
         rate = chosen("learning_rate", default_learning_rate(facts.seed_parameters or 10**9, tokens))
-    if not 0 < rate < float("inf"):
-        raise TrainingError(f"--learning-rate {rate}: expected a number above 0")
-    kind, router_steps = parse_trained(options.trained)
-    for option, steps in (("--warm-up", options.warm_up or 0), ("--train routers-then-all", router_steps)):
-        if steps > options.steps:
-            raise TrainingError(f"{option}: {steps} steps, but the training has {options.steps}")
-    if kind != "all" and facts.kind == "dense":
-        raise TrainingError(f"--train {options.trained}: the model is dense, it has neither experts nor routers")
-    if options.lora and options.trained != "all":
-        raise TrainingError("--lora chooses what is trained itself (its factors and the routers); leave --train out")
-    if options.shard and (options.lora or ":" in options.trained or options.optimizer == "adamw-offload"):
-        raise TrainingError("--shard does not go with --lora, routers-then-all or adamw-offload")
-    if options.shard and facts.kind == "native":
-        raise TrainingError(
-            f"--shard reads a model tensor by tensor, and {options.model} stores its experts one by one where memory "
-            "holds them stacked; train it without --shard, or merge in the bam format"
-        )
-    if options.shard and processes < 2:
-        raise TrainingError("--shard spreads one model over several processes; start them with `accelerate launch`")
+    _check_options(options, facts, processes, rate)
     settings = Settings(
         steps=options.steps,
         sequence_length=length,
@@ -290,3 +272,26 @@ def resolve(
         save_every=options.save_every or max(1, options.steps // 4),
     )
     return settings, reasons
+
+
+def _check_options(options: TrainingOptions, facts: ModelFacts, processes: int, rate: float) -> None:
+    """Refuse options that do not go together, or not with the model."""
+    if not 0 < rate < float("inf"):
+        raise TrainingError(f"--learning-rate {rate}: expected a number above 0")
+    kind, router_steps = parse_trained(options.trained)
+    for option, steps in (("--warm-up", options.warm_up or 0), ("--train routers-then-all", router_steps)):
+        if steps > options.steps:
+            raise TrainingError(f"{option}: {steps} steps, but the training has {options.steps}")
+    if kind != "all" and facts.kind == "dense":
+        raise TrainingError(f"--train {options.trained}: the model is dense, it has neither experts nor routers")
+    if options.lora and options.trained != "all":
+        raise TrainingError("--lora chooses what is trained itself (its factors and the routers); leave --train out")
+    if options.shard and (options.lora or ":" in options.trained or options.optimizer == "adamw-offload"):
+        raise TrainingError("--shard does not go with --lora, routers-then-all or adamw-offload")
+    if options.shard and facts.kind == "native":
+        raise TrainingError(
+            f"--shard reads a model tensor by tensor, and {options.model} stores its experts one by one where memory "
+            "holds them stacked; train it without --shard, or merge in the bam format"
+        )
+    if options.shard and processes < 2:
+        raise TrainingError("--shard spreads one model over several processes; start them with `accelerate launch`")

@@ -15,7 +15,6 @@ from upcycle.checkpoint import (
     CONFIG,
     INDEX,
     MAX_SHARD_SIZE,
-    WEIGHTS,
     TensorInfo,
     index_json,
     plan_shards,
@@ -282,8 +281,3 @@ def _write(handle: int, offset: int, tensor: torch.Tensor, dtype: str) -> None:
     while view:
         written = os.pwrite(handle, view, offset)
         view, offset = view[written:], offset + written
-
-
-def is_weight_file(name: str) -> bool:
-    """Whether a checkpoint's file holds its weights or says where they are."""
-    return name in (WEIGHTS, INDEX) or re.fullmatch(r"model-\d+-of-\d+\.safetensors", name) is not None
