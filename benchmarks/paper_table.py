@@ -22,7 +22,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 STEPS, BATCH, LENGTH, RATE = 120, 8, 256, 1e-3
+WINDOWS = 100
 SPECIALISTS = ("code", "law", "math")
 MIXTURES = ("btx-top1", "btx", "bam-kv-shared", "bam")
 REFERENCE = "btx-top1"
@@ -50,8 +53,16 @@ class Set:
     specialists: tuple[str, ...]
 
     def tokens(self, kind: str) -> list[str]:
-        folder = self.data / ("tokens" if kind == "train" else "heldout")
-        return [f"{domain}={folder / f'{domain}.{kind}.npy'}" for domain in domains(self.specialists)]
+        if kind == "train":
+            return [f"{domain}={self.data / 'tokens' / f'{domain}.train.npy'}" for domain in domains(self.specialists)]
+        return [f"{domain}={self.work / self.name / f'{domain}.heldout.npy'}" for domain in domains(self.specialists)]
+
+    def choose_windows(self) -> None:
+        """Put those held-out windows into the work folder that the README's figures stand for."""
+        for domain in domains(self.specialists):
+            rows = np.load(self.data / "heldout" / f"{domain}.heldout.npy")
+            chosen = np.linspace(0, len(rows) - 1, min(WINDOWS, len(rows))).round().astype(int)
+            np.save(self.work / self.name / f"{domain}.heldout.npy", rows[chosen])
 
     def seeds(self) -> list[str]:
         return [str(self.models / name) for name in ("seed", *self.specialists)]
@@ -138,6 +149,7 @@ def main() -> None:
     plans: list[tuple[Set, str, int, int]] = []
     for one in sets:
         (options.work / one.name).mkdir(parents=True, exist_ok=True)
+        one.choose_windows()
         reference = one.flops(REFERENCE)
         for name in ("seed", "average", *(["general"] if (one.models / "general").is_dir() else [])):
             plans.append((one, name, 0, 1))

@@ -13,10 +13,10 @@ import typer
 from upcycle.errors import UpcycleError
 from upcycle.version import __version__
 
-from . import demo, extract, generate, inspect, merge, output, plan, recipes, train
+from . import demo, evaluate, extract, generate, inspect, merge, output, plan, recipes, train
 
 # Options that take every word up to the next one that begins with `-`.
-LIST_OPTIONS = ("--seeds", "--set", "--data", "--eval-data", "--mix")
+LIST_OPTIONS = ("--seeds", "--set", "--data", "--eval-data", "--mix", "--tasks")
 
 app = typer.Typer(
     name="upcycle",
@@ -30,13 +30,14 @@ for function in (
     merge.merge,
     plan.plan,
     train.train,
+    evaluate.evaluate,
     recipes.recipes,
     inspect.inspect,
     extract.extract,
     generate.generate,
     demo.demo,
 ):
-    app.command()(function)
+    app.command("eval" if function is evaluate.evaluate else None)(function)
 
 
 def _version(wanted: bool) -> None:

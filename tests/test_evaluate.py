@@ -1,7 +1,6 @@
-"""Held-out windows, and the loss measured on them."""
+"""The loss measured on held-out windows."""
 
 import json
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,36 +10,45 @@ from accelerate import Accelerator
 from transformers import AutoModelForCausalLM
 
 from tests.tiny import BY_NAME, VOCAB, dense_config
-from upcycle.errors import DataError
-from upcycle.evaluate import heldout_windows, measure
+from upcycle.evaluate import measure, token_losses
+from upcycle.heldout import Heldout
+
+CPU = torch.device("cpu")
 
 
-def windows(source: Path, folder: Path, **changes: Any) -> Any:
-    values = {"length": 8, "count": 4, **changes}
-    return heldout_windows("code", str(source), folder, None, {"vocab_size": VOCAB}, **values)
-
-
-def test_rows_of_an_array_are_windows_evenly_spaced(tmp_path: Path) -> None:
-    array = np.arange(70, dtype=np.uint16).reshape(14, 5)
-    np.save(tmp_path / "a.npy", array)
-    found = windows(tmp_path / "a.npy", tmp_path, count=3)
-    assert found.tokens.tolist() == array[[0, 6, 13]].tolist()
-    assert windows(tmp_path / "a.npy", tmp_path, count=99, multiple=4).tokens.shape == (12, 5)
-
-
-def test_a_flat_run_is_cut_without_overlap(tmp_path: Path) -> None:
-    np.save(tmp_path / "a.npy", np.arange(35))
-    assert windows(tmp_path / "a.npy", tmp_path).tokens.tolist() == np.arange(32).reshape(4, 8).tolist()
-    with pytest.raises(DataError, match="holds 35 tokens, too few for 1 windows of 36"):
-        windows(tmp_path / "a.npy", tmp_path, length=36)
-
-
-def test_the_loss_is_the_mean_over_all_predicted_tokens(tmp_path: Path) -> None:
+@pytest.fixture
+def model() -> Any:
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(dense_config(BY_NAME["llama"]), dtype=torch.float32).eval()
-    tokens = torch.randint(VOCAB, (5, 12))
-    np.save(tmp_path / "a.npy", tokens.numpy())
-    found = measure(model, [windows(tmp_path / "a.npy", tmp_path, count=5)], None, 2, Accelerator())
-    expected = model(input_ids=tokens, labels=tokens).loss.item()  # all windows are as long, so means agree
+    return AutoModelForCausalLM.from_config(dense_config(BY_NAME["llama"]), dtype=torch.float32).eval()
+
+
+@pytest.fixture
+def tokens() -> Any:
+    return np.random.default_rng(0).integers(VOCAB, size=(7, 12))
+
+
+def test_each_token_loses_what_transformers_says(model: Any, tokens: Any) -> None:
+    found = token_losses(model, Heldout("code", tokens), 3, CPU)
+    for row, losses in zip(torch.from_numpy(tokens), found, strict=True):
+        logits = model(input_ids=row[None]).logits[0].double()
+        expected = torch.nn.functional.cross_entropy(logits[:-1], row[1:], reduction="none")
+        np.testing.assert_allclose(losses, expected.detach().numpy(), atol=2e-6)
+
+
+def test_neither_batch_size_nor_order_shows(model: Any, tokens: Any) -> None:
+    whole = token_losses(model, Heldout("code", tokens), 7, CPU)
+    order = np.random.default_rng(1).permutation(7)
+    for batch_size in (1, 2, 4):
+        found = token_losses(model, Heldout("code", tokens[order]), batch_size, CPU)
+        np.testing.assert_allclose(found, whole[order], atol=2e-6)
+
+
+def test_while_training_the_loss_is_the_mean_over_what_counts(model: Any, tokens: Any) -> None:
+    counted = np.random.default_rng(2).random((7, 11)) < 0.5
+    found = measure(model, [Heldout("code", tokens), Heldout("law", tokens, counted)], None, 2, Accelerator())
+    whole = torch.from_numpy(tokens)
+    expected = model(input_ids=whole, labels=whole).loss.item()  # all windows are as long, so means agree
     assert found["code"] == {"loss": pytest.approx(expected, abs=1e-6)}
+    losses = token_losses(model, Heldout("code", tokens), 2, CPU)
+    assert found["law"]["loss"] == pytest.approx(losses[counted].mean(), abs=1e-6)
     assert json.dumps(found)

@@ -7,10 +7,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from tests.conftest import run_cli, write_tokenizer
+from tests.conftest import branch, run_cli, write_tokenizer
 from tests.tiny import BY_NAME, VOCAB, edit_json, make_seed
 from upcycle.errors import SeedError
-from upcycle.seeds import fingerprint, read_seed, read_seeds, relatedness, sample
+from upcycle.plan import plan_merge
+from upcycle.recipe import load_recipe
+from upcycle.seeds import find_ancestor, fingerprint, read_license, read_seed, read_seeds, relatedness, sample
 
 OUT = "bam-kv-shared-3x"
 
@@ -259,3 +261,42 @@ def test_tied_heads_and_buffers_are_dropped_and_said(tmp_path):
         [],
         ["lm_head.weight", "model.layers.0.self_attn.rotary_emb.inv_freq"],
     ]
+
+
+def test_the_ancestor_is_found_among_its_specialists(base_seed, seeds, tmp_path):
+    def found(*paths):
+        read = read_seeds([str(path) for path in paths])
+        return find_ancestor(read, [sample(seed) for seed in read])
+
+    code, law, math = seeds
+    assert found(code, base_seed, law, math) == "base"
+    assert found(law, math, base_seed) == "base"
+    assert found(code, law, math) is None  # none of them
+    assert found(code, base_seed) is None  # either could be
+    longer = branch(code, tmp_path / "longer", 9)
+    assert found(longer, code, law, base_seed) is None  # two have descendants
+    assert found(code, f"again={code}", f"third={code}") is None
+
+
+@pytest.mark.parametrize(
+    ("card", "expected"),
+    [
+        (None, None),
+        ("# no front matter", None),
+        ("---\nlicense: apache-2.0\ntags: [a]\n---\n# Title", "apache-2.0"),
+        ("---\nlicense: other\nlicense_name: llama3\n---\n", "llama3"),
+        ("---\nlicense: [a, b]\n---\n", None),
+        ("---\n: {[\n---\n", None),
+        ("---\n- a\n---\n", None),
+    ],
+)
+def test_the_licence_is_read_off_the_card(card, expected, tmp_path):
+    if card is not None:
+        (tmp_path / "README.md").write_text(card)
+    assert read_license(tmp_path) == expected
+
+
+def test_licences_are_recorded(seeds, tmp_path):
+    (seeds[1] / "README.md").write_text("---\nlicense: mit\n---\n")
+    records = plan_merge(load_recipe("bam"), read_seeds([str(seed) for seed in seeds])).provenance["seeds"]
+    assert [record["license"] for record in records] == [None, "mit", None]

@@ -7,10 +7,10 @@ run without padding or masks, so attention may cross from one document into the 
 import hashlib
 import os
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, Final
+from typing import Any, Final
 
 import numpy as np
 
@@ -98,19 +98,110 @@ def parse_shares(words: Sequence[str], domains: Iterable[str]) -> dict[str, floa
     return {name: weights[name] / total for name in names}
 
 
-def encode_texts(documents: Sequence[Document], tokenizer: Any, end_of_text: int) -> list[list[int]]:
-    """Tokens of texts, each ended by `end_of_text`."""
-    texts = [document.content for document in documents]
+def load_tokenizer(folder: Path) -> Any:
+    """The checkpoint's tokenizer, or None where there is none (pre-tokenised data needs none)."""
+    from transformers import AutoTokenizer
+
     try:
-        encoded = tokenizer(texts, return_attention_mask=False, verbose=False)["input_ids"]
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    except Exception:  # whatever it meets; text without a tokenizer is refused where it is read
+        return None
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """A document's tokens, the last of which ends it.
+
+    Attributes:
+        counted: the tokens that the loss counts, or None for all.
+        text_bytes: the UTF-8 bytes of text that each token adds, where they were asked for.
+    """
+
+    ids: list[int]
+    counted: list[bool] | None = None
+    text_bytes: Array | None = None
+
+
+def encoded_batches(
+    documents: Iterable[Document], tokenizer: Any, end_of_text: int, vocab_size: int, with_bytes: bool = False
+) -> Iterator[list[Encoded]]:
+    """Documents, texts or chats, tokenised about a million characters at once; empty texts are left out.
+
+    Raises:
+        DataError: texts and chats in one domain, what the tokenizer or the chat template refuses, a token outside the
+            vocabulary; with the document's place.
+    """
+    for batch in _batches(documents):
+        if isinstance(batch[0].content, list):
+            encoded = [encode_chat(document, tokenizer, end_of_text, with_bytes) for document in batch]
+        else:
+            encoded = encode_texts(batch, tokenizer, end_of_text, with_bytes)
+        for document, one in zip(batch, encoded, strict=True):
+            if max(one.ids) >= vocab_size:
+                raise DataError(
+                    f"{document.place}: token {max(one.ids)} lies outside the model's vocabulary of {vocab_size}; the "
+                    "tokenizer beside the model is not the model's own"
+                )
+        yield encoded
+
+
+def _batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
+    batch: list[Document] = []
+    size = 0
+    chat: bool | None = None
+    for document in documents:
+        is_chat = isinstance(document.content, list)
+        if isinstance(document.content, str) and not document.content.strip():
+            continue  # end-of-text tokens alone would be nothing to learn
+        if chat is not None and is_chat != chat:
+            raise DataError(f"{document.place}: 'text' and 'messages' in one domain; split it into two")
+        chat = is_chat
+        batch.append(document)
+        size += len(document.content) if not is_chat else 1000
+        if size >= BATCH_CHARACTERS:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
+
+
+def encode_texts(
+    documents: Sequence[Document], tokenizer: Any, end_of_text: int, with_bytes: bool = False
+) -> list[Encoded]:
+    """Texts, each ended by `end_of_text`."""
+    texts = [str(document.content) for document in documents]
+    try:
+        found = tokenizer(texts, return_attention_mask=False, return_offsets_mapping=with_bytes, verbose=False)
     except Exception as error:  # of characters that are none (lone surrogates)
         for document in documents if len(documents) > 1 else ():
-            encode_texts([document], tokenizer, end_of_text)
+            encode_texts([document], tokenizer, end_of_text, with_bytes)
         raise DataError(f"{documents[0].place}: the tokenizer refuses it: {error}") from error
-    return [ids if ids and ids[-1] == end_of_text else [*ids, end_of_text] for ids in encoded]
+    encoded = []
+    for number, ids in enumerate(found["input_ids"]):
+        whole = ids if ids and ids[-1] == end_of_text else [*ids, end_of_text]
+        sizes = text_bytes(texts[number], found["offset_mapping"][number], len(whole)) if with_bytes else None
+        encoded.append(Encoded(whole, None, sizes))
+    return encoded
 
 
-def encode_chat(document: Document, tokenizer: Any, end_of_text: int) -> tuple[list[int], list[bool]]:
+def text_bytes(text: str, offsets: Sequence[tuple[int, int]], tokens: int) -> Array:
+    """UTF-8 bytes of text that each of `tokens` tokens adds, int32: they sum to the text's.
+
+    A character split among tokens counts for the first of them; what no token covers, for the last.
+
+    Args:
+        offsets: where each token begins and ends, in characters; tokens after them add nothing of their own.
+    """
+    characters = np.frombuffer(text.encode("utf-32-le", "surrogatepass"), np.uint32)
+    sizes = 1 + (characters > 0x7F).astype(np.int64) + (characters > 0x7FF) + (characters > 0xFFFF)
+    until = np.concatenate([[0], np.cumsum(sizes)])
+    ends = np.full(tokens, len(characters))
+    ends[: len(offsets)] = [end for _, end in offsets]
+    ends[-1] = len(characters)
+    return np.diff(until[np.maximum.accumulate(ends)], prepend=0).astype(np.int32)
+
+
+def encode_chat(document: Document, tokenizer: Any, end_of_text: int, with_bytes: bool = False) -> Encoded:
     """Tokens of a chat by the tokenizer's own template, and which of them are the assistant's.
 
     An assistant's turn is what the template adds to the text before it (with the assistant's header, which the model is
@@ -144,7 +235,9 @@ def encode_chat(document: Document, tokenizer: Any, end_of_text: int) -> tuple[l
     encoded = tokenizer(whole, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
     counted = [any(start <= begin < end for start, end in spans) for begin, _ in encoded["offset_mapping"]]
     ids = list(encoded["input_ids"])
-    return (ids, counted) if ids[-1] == end_of_text else ([*ids, end_of_text], [*counted, counted[-1]])
+    if ids[-1] != end_of_text:
+        ids, counted = [*ids, end_of_text], [*counted, counted[-1]]
+    return Encoded(ids, counted, text_bytes(whole, encoded["offset_mapping"], len(ids)) if with_bytes else None)
 
 
 def prepare_domain(
@@ -222,49 +315,23 @@ def _write_tokens(
 ) -> dict[str, Any]:
     dtype = np.dtype(np.uint16 if vocab_size <= 2**16 else np.uint32)
     count = total = 0
-    chat: bool | None = None
-
-    def write(file: BinaryIO, marks: BinaryIO, batch: list[Document]) -> int:
-        if chat:
-            encoded = [encode_chat(document, tokenizer, end_of_text) for document in batch]
-            rows = [ids for ids, _ in encoded]
-            np.array([mark for _, counted in encoded for mark in counted], np.bool_).tofile(marks)
-        else:
-            rows = encode_texts(batch, tokenizer, end_of_text)
-        for document, ids in zip(batch, rows, strict=True):
-            if max(ids) >= vocab_size:
-                raise DataError(
-                    f"{document.place}: token {max(ids)} lies outside the model's vocabulary of {vocab_size}; the "
-                    "tokenizer beside the model is not the model's own"
-                )
-        np.concatenate([np.array(ids, dtype) for ids in rows]).tofile(file)
-        added = sum(map(len, rows))
-        progress(added)
-        return added
-
+    chat = False
     with open(f"{path}.tokens", "wb") as file, open(f"{path}.counted", "wb") as marks:
-        batch: list[Document] = []
-        size = 0
-        for document in documents:
-            is_chat = isinstance(document.content, list)
-            if not (is_chat or document.content.strip()):  # type: ignore[union-attr]
-                continue  # end-of-text tokens alone would be nothing to learn
-            if chat is not None and is_chat != chat:
-                raise DataError(f"{document.place}: 'text' and 'messages' in one domain; split it into two")
-            chat = is_chat
-            count += 1
-            batch.append(document)
-            size += len(document.content) if not is_chat else 1000
-            if size >= BATCH_CHARACTERS:
-                total += write(file, marks, batch)
-                batch, size = [], 0
-                if enough is not None and total >= enough:
-                    break
-        if batch:
-            total += write(file, marks, batch)
+        for batch in encoded_batches(documents, tokenizer, end_of_text, vocab_size):
+            count += len(batch)
+            np.concatenate([np.array(one.ids, dtype) for one in batch]).tofile(file)
+            counted = [np.array(one.counted, np.bool_) for one in batch if one.counted is not None]
+            if counted:
+                chat = True
+                np.concatenate(counted).tofile(marks)
+            added = sum(len(one.ids) for one in batch)
+            total += added
+            progress(added)
+            if enough is not None and total >= enough:
+                break
     if not chat:
         os.unlink(f"{path}.counted")
-    return {"documents": count, "tokens": total, "dtype": dtype.name, "chat": bool(chat)}
+    return {"documents": count, "tokens": total, "dtype": dtype.name, "chat": chat}
 
 
 def _array_domain(option: str, name: str, source: str, files: Sequence[Path], vocab_size: int) -> Domain:

@@ -24,7 +24,7 @@ def download_seed(name: str, source: str) -> tuple[Path, str]:
     )
 
     # The names that transformers gives, so that neither other layouts of the same weights nor subfolders come along.
-    patterns = [CONFIG, WEIGHTS, "model-*-of-*.safetensors", INDEX, *COPIED_FILES]
+    patterns = [CONFIG, WEIGHTS, "model-*-of-*.safetensors", INDEX, "README.md", *COPIED_FILES]
     try:
         folder = Path(snapshot_download(repo, revision=revision or None, allow_patterns=patterns))
     except GatedRepoError as error:

@@ -43,48 +43,52 @@ class RouterLosses:
 
 
 def next_token_nll(logits: torch.Tensor, targets: torch.Tensor, counted: torch.Tensor | None = None) -> torch.Tensor:
-    """Sum of -log p(target) in nats, over the targets that are counted.
+    """Sum of `token_nll` over the targets that are counted: bool `[B, S]`, or None for all."""
+    losses = token_nll(logits, targets)
+    return losses.sum() if counted is None else (losses * counted).sum()
+
+
+def token_nll(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """-log p(target) in nats, `[B, S]`, in fp32 or better.
 
     Args:
-        logits: `[B, S, V]`; summed in fp32 or better.
+        logits: `[B, S, V]`.
         targets: int64 `[B, S]`, the token that follows each position.
-        counted: bool `[B, S]`, or None for all.
     """
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32)).flatten(0, 1)
-    marks = torch.ones_like(targets, dtype=torch.bool) if counted is None else counted
-    total: torch.Tensor = _SummedNll.apply(logits, targets.flatten(), marks.flatten())  # type: ignore[no-untyped-call]
-    return total
+    losses: torch.Tensor = _TokenNll.apply(logits, targets.flatten())  # type: ignore[no-untyped-call]
+    return losses.view(targets.shape)
 
 
-class _SummedNll(torch.autograd.Function):
-    """Summed NLL whose gradient, softmax less the target's one, is made in the forward, piece by piece.
+class _TokenNll(torch.autograd.Function):
+    """NLL whose gradient, softmax less the target's one, is made in the forward, piece by piece.
 
     Log-probabilities are never there as a whole: half the memory of log_softmax and its backward, and a piece stays in
     the cache from the exponential to the gradient.
     """
 
     @staticmethod
-    def forward(ctx: Any, logits: torch.Tensor, targets: torch.Tensor, counted: torch.Tensor) -> torch.Tensor:
+    def forward(ctx: Any, logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         gradient = torch.empty_like(logits) if ctx.needs_input_grad[0] else None
-        total = logits.new_zeros(())
+        losses = logits.new_empty(len(logits))
         rows = max(1, PIECE.get(logits.device.type, PIECE["cuda"]) // logits.shape[-1])
         for begin in range(0, len(logits), rows):
-            part, target, mark = (values[begin : begin + rows] for values in (logits, targets, counted))
+            part, target = logits[begin : begin + rows], targets[begin : begin + rows]
             highest = part.amax(-1, keepdim=True)
             powers = torch.sub(part, highest, out=None if gradient is None else gradient[begin : begin + rows]).exp_()
             sums = powers.sum(-1, keepdim=True)
             chosen = part.gather(-1, target[:, None])
-            total += ((sums.log() + highest - chosen)[:, 0] * mark).sum()
+            losses[begin : begin + rows] = (sums.log() + highest - chosen)[:, 0]
             if gradient is not None:
-                powers.mul_(mark[:, None] / sums)
-                powers.scatter_add_(-1, target[:, None], -mark[:, None].to(powers.dtype))
+                powers.div_(sums)
+                powers.scatter_add_(-1, target[:, None], -torch.ones_like(sums))
         ctx.gradient = gradient
-        return total
+        return losses
 
     @staticmethod
-    def backward(ctx: Any, *outer: torch.Tensor) -> tuple[torch.Tensor | None, None, None]:
+    def backward(ctx: Any, *outer: torch.Tensor) -> tuple[torch.Tensor | None, None]:
         gradient, ctx.gradient = ctx.gradient, None
-        return gradient.mul_(outer[0]), None, None
+        return gradient.mul_(outer[0][:, None]), None
 
 
 def router_losses(

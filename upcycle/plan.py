@@ -14,7 +14,7 @@ from upcycle.errors import RecipeError, SeedError, did_you_mean
 from upcycle.layout import Group, Layout, MixtureTensor, make_layout
 from upcycle.numeric import TORCH_NAMES
 from upcycle.recipe import EXPERTS, SEED_PREFIX, WEIGHTED, Recipe
-from upcycle.seeds import Seed, check_related, check_tensors, fingerprint, sample
+from upcycle.seeds import Seed, check_related, check_tensors, find_ancestor, fingerprint, read_license, sample
 from upcycle.version import __version__
 
 FORMAT_VERSION: Final = 1
@@ -185,6 +185,7 @@ def plan_merge(
             "format": "bam" if is_bam else "dense",
             "recipe": recipe.resolved(),
             "seeds": _seed_records(seeds, samples, dropped, unused),
+            "ancestor": first.name if recipe.copies else find_ancestor(seeds, samples),
             "experts": planner.expert_names() if is_bam else [],
             "random_seed": random_seed,
         },
@@ -207,6 +208,7 @@ def _seed_records(
         {
             "name": seed.name,
             "revision": seed.revision,
+            "license": read_license(seed.folder),
             "fingerprint": fingerprint(seed, samples[index]),
             "dropped": sorted({*dropped[index], *unused[index]}),
         }

@@ -23,6 +23,8 @@ MAX_SPEC: Final = 1000
 MAX_TOKENIZER: Final = 200_000_000  # bytes; Gemma's are 34 MB
 # Specialists of one ancestor are near 1, models trained apart within 0.01 of 0 (see `relatedness`).
 MIN_COSINE: Final = 0.2
+MAX_ANCESTOR_COSINE: Final = 0.45  # see `find_ancestor`
+MAX_CARD: Final = 1_000_000  # characters
 
 # Files that say which id a token has, in the order in which they are asked.
 VOCABULARIES: Final = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
@@ -254,6 +256,12 @@ def _file_hash(path: Path) -> str:
         raise SeedError(f"{path} cannot be read: {error.strerror}") from error
 
 
+def tokenizer_hash(folder: Path) -> str | None:
+    """SHA-256 of the file that says which id a token has, or None without one: the same, the same tokenizer."""
+    file = next((folder / name for name in VOCABULARIES if (folder / name).is_file()), None)
+    return _file_hash(file) if file else None
+
+
 def _token_ids(seed: Seed, file: str) -> dict[str, int]:
     try:
         table = read_json(seed.folder / file, MAX_TOKENIZER)
@@ -306,6 +314,57 @@ def relatedness(one: tuple[Seed, Mapping[str, bytes]], other: tuple[Seed, Mappin
         if 0 < scale < float("inf"):
             cosines.append(float(a @ b) / scale)
     return sum(cosines) / len(cosines) if cosines else 1.0
+
+
+def find_ancestor(seeds: Sequence[Seed], samples: Sequence[Mapping[str, bytes]]) -> str | None:
+    """The name of the seed that the others were trained from, or None if none was (or two seeds alone, of which either
+    could be).
+
+    Seen from the ancestor, the specialists lie in directions of their own; seen from a specialist, all others lie where
+    the ancestor lies. So the largest cosine between the differences to a seed tells: about 0.06 against 0.7 for three
+    specialists of 150 steps, and 0.5 for each where the ancestor is not among them. A seed that was hardly trained looks
+    like the ancestor.
+    """
+    if len(seeds) < 3:
+        return None
+    products = np.zeros((len(seeds), len(seeds)))
+    for name, info in seeds[0].tensors.items():
+        if ".layers." not in name or len(info.shape) < 2 or info.dtype not in FLOATS:
+            continue
+        rows = [to_float32(part[name], seed.tensors[name].dtype) for seed, part in zip(seeds, samples, strict=True)]
+        vectors = np.stack(rows).astype(np.float64)
+        products += vectors @ vectors.T
+    cosines = []
+    for index in range(len(seeds)):
+        others = [other for other in range(len(seeds)) if other != index]
+        row = products[index, others]
+        differences = products[np.ix_(others, others)] - row - row[:, None] + products[index, index]
+        lengths = np.sqrt(np.maximum(differences.diagonal(), 0))
+        with np.errstate(all="ignore"):  # identical seeds differ by nothing
+            angles = differences / lengths / lengths[:, None]
+        cosines.append(float(angles[np.triu_indices(len(others), 1)].max()))
+    lowest = int(np.argmin(np.nan_to_num(cosines, nan=1.0)))
+    return seeds[lowest].name if cosines[lowest] < MAX_ANCESTOR_COSINE else None
+
+
+def read_license(folder: Path) -> str | None:
+    """The licence that a checkpoint's model card (`README.md`) states, or None."""
+    card = folder / "README.md"
+    if not card.is_file():
+        return None
+    import yaml
+
+    try:
+        with card.open(encoding="utf-8") as file:
+            text = file.read(MAX_CARD)
+        front = text.split("\n---", 1)[0].removeprefix("---\n") if text.startswith("---\n") else ""
+        found = yaml.safe_load(front)
+    except (OSError, ValueError, RecursionError, yaml.YAMLError):
+        return None
+    license_name = found.get("license") if isinstance(found, dict) else None
+    if license_name == "other" and isinstance(found.get("license_name"), str):
+        license_name = found["license_name"]
+    return license_name[:100] if isinstance(license_name, str) else None
 
 
 def check_related(seeds: Sequence[Seed], samples: Sequence[Mapping[str, bytes]]) -> None:

@@ -6,9 +6,9 @@ from typing import Any
 
 from accelerate import Accelerator
 
-from upcycle.data import Domain, fingerprint, prepare_domain
+from upcycle.data import Domain, fingerprint, load_tokenizer, prepare_domain
 from upcycle.errors import TrainingError
-from upcycle.evaluate import Heldout, heldout_windows
+from upcycle.heldout import Heldout, heldout_windows
 from upcycle.processes import one_by_one
 from upcycle.training_settings import ModelFacts, Settings, TrainingOptions
 from upcycle.version import __version__
@@ -31,8 +31,7 @@ def prepare_data(
     Raises:
         DataError, OutputError: data that cannot be read, a folder that cannot be written.
     """
-    tokenizer = _tokenizer(options.model)
-    config = facts.config.get("dense_config") or facts.config
+    tokenizer = load_tokenizer(options.model)
     enough = settings.steps * settings.batch_tokens + settings.sequence_length + 1
     domains, windows = [], []
     with one_by_one(accelerator):
@@ -51,7 +50,7 @@ def prepare_data(
                     source,
                     folder,
                     tokenizer,
-                    config,
+                    facts.dense,
                     random_seed=settings.random_seed,
                     enough=int(enough * settings.shares[name]) + 1,
                     progress=added,
@@ -65,7 +64,7 @@ def prepare_data(
                     source,
                     folder / "heldout",
                     tokenizer,
-                    config,
+                    facts.dense,
                     length=settings.sequence_length,
                     count=settings.eval_windows,
                     longest=facts.positions,
@@ -74,16 +73,6 @@ def prepare_data(
                 )
             )
     return domains, windows
-
-
-def _tokenizer(folder: Path) -> Any:
-    """The checkpoint's tokenizer, or None where there is none (pre-tokenised data needs none)."""
-    from transformers import AutoTokenizer
-
-    try:
-        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    except Exception:  # whatever it meets; text without a tokenizer is refused where it is read
-        return None
 
 
 def training_record(

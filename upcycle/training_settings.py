@@ -122,10 +122,14 @@ class ModelFacts:
     seed_parameters: int = 0
 
     @property
+    def dense(self) -> Mapping[str, Any]:
+        """The config that holds the model's sizes: a BAM mixture's seed's, else its own."""
+        return self.config.get("dense_config") or self.config
+
+    @property
     def positions(self) -> int | None:
         """The longest sequence, where the config names one."""
-        dense = self.config.get("dense_config") or self.config
-        found = next((dense[key] for key in _POSITIONS if key in dense), None)
+        found = next((self.dense[key] for key in _POSITIONS if key in self.dense), None)
         return found if isinstance(found, int) and found > 0 else None
 
     @property
@@ -148,7 +152,7 @@ def read_facts(folder: Path) -> ModelFacts:
     """
     try:
         facts = _read_facts(folder, read_json(folder / CONFIG))
-        vocab_size = (facts.config.get("dense_config") or facts.config)["vocab_size"]
+        vocab_size = facts.dense["vocab_size"]
         sound = isinstance(vocab_size, int) and math.isfinite(facts.load_balance) and math.isfinite(facts.z)
         sound = sound and (facts.top_k is None or 1 <= facts.top_k <= facts.num_experts)
     except (AttributeError, KeyError, TypeError, ValueError) as error:

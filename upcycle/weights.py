@@ -29,8 +29,8 @@ from upcycle.numeric import TORCH_NAMES
 _LAYER = re.compile(r"(.*\.\d+)\.")
 
 
-def load_model(folder: Path) -> Any:
-    """The model in fp32 on the CPU; the checkpoint's own code is not run.
+def load_model(folder: Path, dtype: torch.dtype = torch.float32) -> Any:
+    """The model on the CPU; the checkpoint's own code is not run.
 
     Raises:
         CheckpointError: no checkpoint, a damaged one, or one whose tensors are not the model's.
@@ -38,7 +38,7 @@ def load_model(folder: Path) -> Any:
     classes = _auto_class(folder)
     try:
         model, info = classes.from_pretrained(
-            folder, dtype=torch.float32, trust_remote_code=False, output_loading_info=True
+            folder, dtype=dtype, trust_remote_code=False, output_loading_info=True
         )
     except Exception as error:  # transformers raises whatever it meets in a damaged file
         raise CheckpointError(f"{folder} cannot be loaded: {error}") from error

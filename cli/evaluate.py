@@ -1,0 +1,203 @@
+"""`upcycle eval`: models measured on held-out text, and what that says."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+
+from . import output
+from .merge import Json
+
+Data = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--data",
+        metavar="NAME=FILE ...",
+        help="Held-out data by domain: .jsonl, .parquet, .txt (as in train), .npy tokens (a row is a window, a flat "
+        "run is cut), or a Hub dataset. A domain named like an expert is that expert's own.",
+    ),
+]
+Base = Annotated[
+    str | None, typer.Option(help="The ancestor of the specialists, where it is none of the mixture's experts.")
+]
+Windows = Annotated[
+    int | None, typer.Option(min=1, help="Windows of each domain, evenly spaced; all of them by default.")
+]
+
+
+def evaluate(
+    models: Annotated[list[str], typer.Argument(help="Folders of mixtures and dense models.", metavar="MODEL ...")],
+    data: Data = None,
+    base: Base = None,
+    sequence_length: Annotated[
+        int | None, typer.Option(min=2, help="Tokens a window; what the models have positions for, at most 2048.")
+    ] = None,
+    stride: Annotated[
+        int | None,
+        typer.Option(
+            min=1, help="Begin a window every so many tokens and count what is new in it; else windows do not overlap."
+        ),
+    ] = None,
+    windows: Windows = None,
+    batch_tokens: Annotated[
+        int | None, typer.Option(min=1, help="Tokens a forward; by device and vocabulary if not given.")
+    ] = None,
+    precision: Annotated[
+        Literal["bf16", "fp32"] | None, typer.Option(help="Of weights and products; bf16 on a GPU, else fp32.")
+    ] = None,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ...; a GPU where there is one.")] = None,
+    tasks: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--tasks", metavar="TASK ...", help="Downstream tasks of lm-eval (pip install 'upcycle[tasks]'), or .yaml."
+        ),
+    ] = None,
+    task_limit: Annotated[int | None, typer.Option(min=1, help="Documents of each task; all of them.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Measure models on held-out text, compare them, and say whether a mixture was worth it.
+
+    Every further MODEL is compared: a mixture's seeds and their plain average are recognised as such.
+
+    Example: upcycle eval bam-3x code law math --data code=held/code.jsonl law=held/law.jsonl
+    """
+    from upcycle.data import split_names
+    from upcycle.errors import DataError
+
+    if not (data or tasks):
+        raise DataError("nothing to measure: give --data NAME=FILE ..., --tasks TASK ..., or both")
+    sources = split_names("--data", data or [])
+
+    from upcycle.comparison import EvaluationOptions, evaluate_models
+
+    options = EvaluationOptions(
+        models=models,
+        data=sources,
+        base=base,
+        sequence_length=sequence_length,
+        stride=stride,
+        windows=windows,
+        batch_tokens=batch_tokens,
+        precision=precision,
+        device=device,
+        tasks=tasks or [],
+        task_limit=task_limit,
+    )
+    with window_progress() as progress:
+        result = evaluate_models(options, progress)
+    if as_json:
+        output.data_object(result)
+    else:
+        show_evaluation(result)
+
+
+@contextmanager
+def window_progress() -> Iterator[Callable[[str, str, int, int], None]]:
+    """A bar of the windows measured, on stderr; silent where stderr is no terminal."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    console = Console(stderr=True)
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task("reading", total=None)
+
+        def show(model: str, domain: str, done: int, total: int) -> None:
+            name = output.printable(f"{Path(model).name} {domain}")
+            bar.update(task, description=name, completed=done, total=total)
+
+        yield show
+
+
+def show_evaluation(result: Mapping[str, Any]) -> None:
+    """Tables of models by domains, the routing of mixtures, and the verdict."""
+    from upcycle.verdict import short_names
+
+    models = result["models"]
+    names = short_names(list(models))
+    domains = list(next(iter(models.values()))["domains"])
+    bits = result["measure"] == "bits_per_byte"
+    if domains:
+        if not bits or len(models) == 1:
+            _loss_table(models, names, domains)
+            _plain_table("Perplexity", models, names, domains, "perplexity", 2)
+        if all(entry["domains"][domain]["bits_per_byte"] for entry in models.values() for domain in domains):
+            _plain_table("Bits per byte", models, names, domains, "bits_per_byte", 4)
+    for model, entry in models.items():
+        if "routing" in entry:
+            _routing_table(names[model], entry["routing"])
+    _task_table(models, names)
+    for sentence in result["verdict"]:
+        output.data_line(output.printable(f"- {sentence}"))
+
+
+def _loss_table(models: Mapping[str, Any], names: Mapping[str, str], domains: Sequence[str]) -> None:
+    """Loss with half the width of its interval; the best of each column has a star."""
+    rows = []
+    columns = {domain: [entry["domains"][domain]["loss"] for entry in models.values()] for domain in domains}
+    means = [entry["mean_loss"] for entry in models.values()]
+    for row, (model, entry) in enumerate(models.items()):
+        cells = []
+        for domain in domains:
+            found = entry["domains"][domain]
+            spread = f" ±{(found['ci95'][1] - found['ci95'][0]) / 2:.3f}" if found["ci95"] else ""
+            cells.append(f"{_starred(columns[domain], row, 3)}{spread}")
+        rows.append([names[model], *cells, _starred(means, row, 3), _short_role(entry["role"], names[model])])
+    output.table("Held-out loss, nats per token (± 95%; * best)", ["model", *domains, "mean", ""], rows)
+
+
+def _short_role(role: str, name: str) -> str:
+    """What a model is to the mixture, without what its name says already."""
+    if role.endswith("the ancestor"):
+        return "ancestor"
+    return {"dense": "", f"seed {name}": "seed"}.get(role, role)
+
+
+def _plain_table(
+    title: str, models: Mapping[str, Any], names: Mapping[str, str], domains: Sequence[str], key: str, digits: int
+) -> None:
+    rows = {model: [entry["domains"][domain][key] for domain in domains] for model, entry in models.items()}
+    columns = list(zip(*([*row, sum(row) / len(row)] for row in rows.values()), strict=True))
+    table = [
+        [names[model], *(_starred(column, index, digits) for column in columns)] for index, model in enumerate(rows)
+    ]
+    output.table(title, ["model", *domains, "mean"], table)
+
+
+def _starred(column: Sequence[float], row: int, digits: int) -> str:
+    star = "*" if len(column) > 1 and column[row] == min(column) else ""
+    return f"{star}{column[row]:.{digits}f}"
+
+
+def _routing_table(name: str, routing: Mapping[str, Any]) -> None:
+    """How tokens of each domain fall to the experts, as means over layers."""
+    rows = []
+    for domain, found in routing["domains"].items():
+        layers = len(found["load"])
+        for title, key in (("FFN load", "load"), ("attention gate", "gates")):
+            if key in found:
+                shares = [sum(layer[i] for layer in found[key]) / layers for i in range(len(routing["experts"]))]
+                rows.append([f"{domain}, {title}", *(f"{share:.1%}" for share in shares)])
+    output.table(f"What {name} routes where (mean over layers)", ["", *routing["experts"]], rows)
+
+
+def _task_table(models: Mapping[str, Any], names: Mapping[str, str]) -> None:
+    found = {model: entry["tasks"] for model, entry in models.items() if "tasks" in entry}
+    metrics = {
+        (task, metric): None
+        for tasks in found.values()
+        for task, values in tasks.items()
+        for metric in values
+        if metric != "samples" and not metric.endswith("_stderr")
+    }
+    rows = []
+    for task, metric in metrics:
+        cells = []
+        for tasks in found.values():
+            value, error = tasks[task].get(metric), tasks[task].get(f"{metric}_stderr")
+            cells.append("–" if value is None else f"{value:.4f}" + (f" ±{error:.4f}" if error is not None else ""))
+        rows.append([f"{task} {metric}", *cells])
+    if rows:
+        output.table("Downstream tasks (± standard error)", ["", *(names[model] for model in found)], rows)

@@ -1,0 +1,276 @@
+"""Models measured and compared: figures against transformers' own, who is whose seed, what is refused."""
+
+import json
+import math
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, MixtralForCausalLM
+
+from tests.conftest import branch, run_cli, write_tokenizer
+from tests.tiny import BY_NAME, VOCAB, edit_json, make_seed, mixtral_config
+from upcycle.comparison import EvaluationOptions, evaluate_models
+from upcycle.errors import CheckpointError, DataError, UpcycleError
+from upcycle.merge import merge
+from upcycle.plan import plan_merge
+from upcycle.recipe import load_recipe
+from upcycle.seeds import read_seeds
+
+
+def make(recipe: str, seeds: list[Path], out: Path) -> Path:
+    merge(plan_merge(load_recipe(recipe), read_seeds([str(seed) for seed in seeds])), out)
+    return out
+
+
+def evaluate(*models: Path | str, **changes: Any) -> dict[str, Any]:
+    return evaluate_models(EvaluationOptions([str(model) for model in models], **changes))
+
+
+@pytest.fixture
+def rows(tmp_path: Path) -> dict[str, str]:
+    """Windows of tokens of two domains, one named like a seed."""
+    random, sources = np.random.default_rng(0), {}
+    for name in ("code", "docs"):
+        np.save(tmp_path / f"{name}.npy", random.integers(VOCAB, size=(30, 24)).astype(np.uint16))
+        sources[name] = str(tmp_path / f"{name}.npy")
+    return sources
+
+
+@pytest.fixture
+def text(tmp_path: Path) -> dict[str, str]:
+    """Documents of different lengths in words of the tiny tokenizer."""
+    random, sources = np.random.default_rng(1), {}
+    for name in ("code", "docs"):
+        path = tmp_path / f"{name}.jsonl"
+        lengths = random.integers(3, 40, 25)
+        lines = [" ".join(f"word{word}" for word in random.integers(3, VOCAB, length)) for length in lengths]
+        path.write_text("".join(json.dumps({"text": line}) + "\n" for line in lines))
+        sources[name] = str(path)
+    return sources
+
+
+def plain_loss(folder: Path, tokens: np.ndarray) -> float:
+    """What a loop over windows with transformers alone says, fp32."""
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    total, count = 0.0, 0
+    with torch.no_grad():
+        for row in torch.from_numpy(tokens.astype(np.int64)):
+            logits = model(input_ids=row[None]).logits[0, :-1].float()
+            total += torch.nn.functional.cross_entropy(logits, row[1:], reduction="sum").item()
+            count += len(row) - 1
+    return total / count
+
+
+def test_losses_are_those_of_a_plain_loop(seeds: list[Path], rows: dict[str, str], tmp_path: Path) -> None:
+    mixture = make("bam", seeds, tmp_path / "bam")
+    found = evaluate(mixture, *seeds, data=rows)["models"]
+    for model in (mixture, *seeds):
+        for name, path in rows.items():
+            entry = found[str(model)]["domains"][name]
+            expected = plain_loss(model, np.load(path))
+            assert entry["loss"] == pytest.approx(expected, abs=1e-6)
+            assert entry["perplexity"] == pytest.approx(math.exp(expected), rel=1e-5)
+            assert entry["ci95"][0] < expected < entry["ci95"][1]
+            assert (entry["tokens"], entry["documents"], entry["bits_per_byte"]) == (30 * 23, 30, None)
+        assert found[str(model)]["mean_loss"] == pytest.approx(
+            np.mean([found[str(model)]["domains"][name]["loss"] for name in rows]), abs=1e-6
+        )
+
+
+@pytest.mark.parametrize("recipe", ["bam", "btx"])
+def test_neither_batch_size_nor_order_changes_a_result(
+    recipe: str, seeds: list[Path], rows: dict[str, str], tmp_path: Path
+) -> None:
+    mixture = make(recipe, seeds, tmp_path / "mix")
+    shuffled = np.random.default_rng(2).permutation(np.load(rows["code"]))
+    np.save(tmp_path / "shuffled.npy", shuffled)
+    other = {"code": str(tmp_path / "shuffled.npy")}
+    found = [
+        evaluate(mixture, data=data, batch_tokens=batch)["models"][str(mixture)]
+        for data, batch in (({"code": rows["code"]}, None), ({"code": rows["code"]}, 1), (other, 100))
+    ]
+    for entry in found[1:]:
+        assert entry["domains"]["code"]["loss"] == pytest.approx(found[0]["domains"]["code"]["loss"], abs=1e-5)
+        for key in ("load", "own_share", "entropy"):
+            ours, theirs = entry["routing"]["domains"]["code"][key], found[0]["routing"]["domains"]["code"][key]
+            np.testing.assert_allclose(ours, theirs, atol=1e-5)
+
+
+def test_packed_text_is_measured_whole_and_by_its_bytes(base_seed: Path, text: dict[str, str], tmp_path: Path) -> None:
+    edit_json(shutil.copytree(base_seed, tmp_path / "a") / "config.json", eos_token_id=2)
+    entry = evaluate(tmp_path / "a", data=text, sequence_length=16)["models"][str(tmp_path / "a")]["domains"]["code"]
+    lines = [json.loads(line)["text"] for line in Path(text["code"]).read_text().splitlines()]
+    run = [int(word[4:]) for line in lines for word in [*line.split(), "word2"]]
+    windows = [run[start : start + 16] for start in range(0, len(run), 16)]
+    windows = [window for window in windows if len(window) > 1]
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "a", dtype=torch.float32).eval()
+    total = 0.0
+    with torch.no_grad():
+        for window in windows:
+            row = torch.tensor(window)
+            logits = model(input_ids=row[None]).logits[0, :-1]
+            total += torch.nn.functional.cross_entropy(logits, row[1:], reduction="sum").item()
+    tokens = sum(len(window) - 1 for window in windows)
+    assert (entry["tokens"], entry["documents"]) == (tokens, 25)
+    assert entry["loss"] == pytest.approx(total / tokens, abs=1e-6)
+    # Words and spaces are some seven bytes a token; the first token of each window is not predicted.
+    assert entry["bits_per_byte"] == pytest.approx(total / math.log(2) / sum(len(line) for line in lines), rel=0.15)
+
+
+def test_overlapping_windows_give_context_and_lower_no_count(base_seed: Path, tmp_path: Path) -> None:
+    np.save(tmp_path / "flat.npy", np.random.default_rng(0).integers(VOCAB, size=200))
+    data = {"code": str(tmp_path / "flat.npy")}
+    found = evaluate(base_seed, data=data, sequence_length=20, stride=5)["models"][str(base_seed)]["domains"]["code"]
+    assert found["tokens"] == 199
+    with pytest.raises(DataError, match="--stride 30 would leave tokens out of windows of 20"):
+        evaluate(base_seed, data=data, sequence_length=20, stride=30)
+
+
+def test_seeds_ancestor_and_average_are_recognised_by_their_weights(
+    base_seed: Path, seeds: list[Path], rows: dict[str, str], tmp_path: Path
+) -> None:
+    """Whatever their folders are called, and where the ancestor is among the seeds it is found."""
+    sources = [base_seed, *seeds]
+    mixture, average = make("bam", sources, tmp_path / "mix"), make("average", sources, tmp_path / "avg")
+    names = ("v", "x", "y", "z")
+    models = [seed.rename(tmp_path / name) for seed, name in zip(sources[1:], names[1:], strict=True)]
+    models.append(shutil.copytree(base_seed, tmp_path / "v"))
+    other = branch(base_seed, tmp_path / "other", 99)
+    result = evaluate(mixture, average, other, *models, data=rows, windows=5)
+    roles = {Path(path).name: entry["role"] for path, entry in result["models"].items()}
+    assert roles == {
+        "mix": "mixture",
+        "avg": "plain average",
+        "other": "dense",
+        "v": "seed base, the ancestor",
+        "x": "seed code",
+        "y": "seed law",
+        "z": "seed math",
+    }
+    text = "\n".join(result["verdict"])
+    for expected in ("the oracle", "(v)", "plain average of its seeds (avg)", "routes a token to the expert"):
+        assert expected in text
+
+
+def test_the_ancestor_may_be_named(base_seed: Path, seeds: list[Path], rows: dict[str, str], tmp_path: Path) -> None:
+    mixture = make("btx", seeds, tmp_path / "mix")
+    assert json.loads((mixture / "upcycle.json").read_text())["ancestor"] is None
+    result = evaluate(mixture, data=rows, windows=5, base=str(base_seed))
+    assert [entry["role"] for entry in result["models"].values()] == ["mixture", "the ancestor"]
+    assert "Against the seed that its specialists were trained from (base)" in "\n".join(result["verdict"])
+
+
+def test_routing_and_similarity_come_with_a_mixture(
+    mixture: Path, seeds: list[Path], rows: dict[str, str], tmp_path: Path
+) -> None:
+    torch.manual_seed(0)
+    native = tmp_path / "native"
+    MixtralForCausalLM(mixtral_config()).save_pretrained(native)
+    mixed = make("bam", seeds, tmp_path / "mix")
+    found = evaluate(mixed, native, seeds[0], data=rows, windows=4)["models"]
+    assert "routing" not in found[str(seeds[0])]
+    assert found[str(native)]["role"] == "mixture"
+    routing = found[str(mixed)]["routing"]
+    assert routing["experts"] == ["code", "law", "math"]
+    assert routing["domains"]["docs"]["own_share"] is None
+    assert routing["domains"]["code"]["own_expert"] == "code"
+    load = np.array(routing["domains"]["code"]["load"])
+    np.testing.assert_allclose(routing["domains"]["code"]["own_share"], load[:, 0], atol=1e-5)  # top-1
+    np.testing.assert_allclose(load.sum(1), 1, atol=1e-5)
+    assert np.array(routing["similarity"]["attention_outputs"]).shape == (2, 3, 3)
+    native_routing = found[str(native)]["routing"]
+    assert "gates" not in native_routing["domains"]["code"]
+    assert np.array(native_routing["similarity"]["ffn_outputs"]).shape == (2, 4, 4)
+
+
+def test_models_of_different_tokenizers_are_compared_by_bytes(
+    base_seed: Path, text: dict[str, str], rows: dict[str, str], tmp_path: Path
+) -> None:
+    one, other = (shutil.copytree(base_seed, tmp_path / name) for name in ("one", "other"))
+    write_tokenizer(other, swap=(5, 6))
+    for folder in (one, other):
+        edit_json(folder / "tokenizer_config.json", eos_token="word2")
+    result = evaluate(one, other, data=text)
+    assert result["measure"] == "bits_per_byte"
+    assert "different tokenizers" in result["verdict"][-1]
+    with pytest.raises(DataError, match=r"holds tokens of one tokenizer, but .*one and .*other have different ones"):
+        evaluate(one, other, data=rows)
+    again = shutil.copytree(one, tmp_path / "again")  # the same tokenizer, written otherwise
+    (again / "tokenizer.json").write_text(json.dumps(json.loads((one / "tokenizer.json").read_text()), indent=1))
+    assert evaluate(one, again, data=text | {"rows": rows["code"]})["measure"] == "loss"
+
+
+def test_what_cannot_be_measured_is_refused(base_seed: Path, rows: dict[str, str], tmp_path: Path) -> None:
+    small = make_seed(BY_NAME["llama"], tmp_path / "small", 0)
+    edit_json(small / "config.json", vocab_size=50)
+    with pytest.raises(DataError, match=r"small has a vocabulary of 50 tokens, but --data code=.* holds token 95"):
+        evaluate(small, base_seed, data=rows)
+    with pytest.raises(CheckpointError, match="are the same folder"):
+        evaluate(base_seed, f"{base_seed}/../{base_seed.name}", data=rows)
+    with pytest.raises(CheckpointError, match="nowhere"):
+        evaluate(base_seed, tmp_path / "nowhere", data=rows)
+    with pytest.raises(DataError, match="--sequence-length 99: the models have positions for 64 tokens"):
+        evaluate(base_seed, data=rows, sequence_length=99)
+    with pytest.raises(UpcycleError, match="--device moon cannot be used"):
+        evaluate(base_seed, data=rows, device="moon")
+    broken = shutil.copytree(base_seed, tmp_path / "broken")
+    weights = load_file(broken / "model.safetensors")
+    weights["model.norm.weight"][0] = float("nan")
+    save_file(weights, broken / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(CheckpointError, match=r"broken: its loss on code is no finite number"):
+        evaluate(broken, data=rows)
+
+
+def test_bf16_is_close_to_fp32(base_seed: Path, rows: dict[str, str]) -> None:
+    losses = [
+        evaluate(base_seed, data=rows, precision=precision)["models"][str(base_seed)]["mean_loss"]
+        for precision in ("fp32", "bf16")
+    ]
+    assert losses[0] == pytest.approx(losses[1], abs=0.02)
+    assert losses[0] != losses[1]
+
+
+def test_the_command_prints_tables_a_verdict_and_json(seeds: list[Path], rows: dict[str, str], tmp_path: Path) -> None:
+    mixture = make("bam", seeds, tmp_path / "mix")
+    data = [f"{name}={path}" for name, path in rows.items()]
+    done = run_cli("eval", mixture, *seeds, "--data", *data)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""
+    for expected in ("Held-out loss, nats per token", "Perplexity", "code, FFN load", "docs, attention gate", "- "):
+        assert expected in done.stdout
+    assert "Bits per byte" not in done.stdout
+    row = next(line for line in done.stdout.splitlines() if line.split()[:1] == ["law"])
+    assert "±" in row
+    as_json = run_cli("eval", mixture, "--data", *data, "--windows", 3, "--json")
+    found = json.loads(as_json.stdout)
+    assert set(found) == {"models", "measure", "verdict"}
+    assert set(found["models"][str(mixture)]["domains"]) == {"code", "docs"}
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        ([], "nothing to measure"),
+        (["code=missing.jsonl"], "there is no such file"),
+        (["code=empty.jsonl"], "is empty"),
+        (["code=blank.jsonl"], "holds no text"),
+        (["code=a.npy", "code=b.npy"], "named twice"),
+    ],
+)
+def test_the_command_refuses_data_that_is_not_there(
+    data: list[str], message: str, base_seed: Path, tmp_path: Path
+) -> None:
+    model = shutil.copytree(base_seed, tmp_path / "model")
+    edit_json(model / "tokenizer_config.json", eos_token="word2")
+    (tmp_path / "empty.jsonl").touch()
+    (tmp_path / "blank.jsonl").write_text('{"text": ""}\n')
+    done = run_cli("eval", model, *(["--data", *data] if data else []), "--json", cwd=tmp_path)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["blank.jsonl", "empty.jsonl", "model"]

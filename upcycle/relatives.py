@@ -1,0 +1,78 @@
+"""Which of several checkpoints a mixture was made from, recognised by the fingerprints in its `upcycle.json`."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from upcycle.checkpoint import PROVENANCE, read_json
+from upcycle.errors import UpcycleError
+from upcycle.recipe import MEAN
+from upcycle.seeds import fingerprint, read_seed, sample
+
+
+@dataclass(frozen=True)
+class Relatives:
+    """Which models a mixture comes from.
+
+    Attributes:
+        seeds: every seed's name, and its model where there is one.
+        ancestor: the model that the specialists were trained from, if it is known and there.
+        average: the plain mean of the same seeds, if it is there.
+    """
+
+    seeds: Mapping[str, str | None] = field(default_factory=dict)
+    ancestor: str | None = None
+    average: str | None = None
+
+
+def find_relatives(models: Sequence[str], mixtures: Sequence[str], base: str | None) -> dict[str, Relatives]:
+    """The relatives of each mixture among `models`.
+
+    Args:
+        models: folders.
+        mixtures: those of them that are mixtures.
+        base: the ancestor, where the user names it.
+    """
+    records = {model: _provenance(Path(model)) for model in models}
+    dense = [model for model in models if model not in mixtures]
+    prints = {model: _fingerprint(Path(model)) for model in dense}
+    found = {}
+    for mixture in mixtures:
+        record = records[mixture]
+        seeds = {name: next((m for m in dense if prints[m] == seed), None) for name, seed in _seeds(record).items()}
+        ancestor = base or seeds.get(str(record.get("ancestor")))
+        same = [model for model in dense if seeds and _is_mean(records[model]) and _same_seeds(records[model], record)]
+        found[mixture] = Relatives(seeds, ancestor, same[0] if same else None)
+    return found
+
+
+def _provenance(folder: Path) -> Mapping[str, Any]:
+    path = folder / PROVENANCE
+    return read_json(path) if path.is_file() else {}
+
+
+def _fingerprint(folder: Path) -> str | None:
+    """A dense checkpoint's fingerprint as a merge records it, or None where upcycle does not know its family."""
+    try:
+        seed = read_seed("model", str(folder))
+        return fingerprint(seed, sample(seed))
+    except UpcycleError:
+        return None
+
+
+def _seeds(record: Mapping[str, Any]) -> dict[str, str]:
+    """Fingerprints of a result's seeds by name."""
+    seeds = record.get("seeds")
+    rows = [seed for seed in seeds if isinstance(seed, dict)] if isinstance(seeds, list) else []
+    return {str(seed.get("name")): str(seed.get("fingerprint")) for seed in rows}
+
+
+def _same_seeds(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+    return sorted(_seeds(one).values()) == sorted(_seeds(other).values())
+
+
+def _is_mean(record: Mapping[str, Any]) -> bool:
+    recipe = record.get("recipe")
+    mix = recipe.get("mix") if isinstance(recipe, dict) else None
+    return isinstance(mix, dict) and bool(mix) and set(mix.values()) == {MEAN}
