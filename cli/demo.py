@@ -1,17 +1,13 @@
 """`upcycle demo`: a tiny seed and its specialists trained from real text, mixed, trained on and measured."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import Annotated, Literal
 
 import typer
 
 from . import output
+from .evaluate import show_losses, show_verdict
 from .merge import RecipeName
-
-if TYPE_CHECKING:
-    from rich.table import Table
-
-    from upcycle.demo import DemoResult
 
 
 def demo(
@@ -39,28 +35,10 @@ def demo(
             progress.print(message, markup=False, highlight=False, soft_wrap=True)
 
     result = run_demo(family, data, work, recipe=recipe, progress=report)
-    Console().print(_loss_table(result))
-    output.data_line(f"Held-out code: {result.prompt!r}\nThe mixture goes on: {result.sample!r}")
+    show_losses(result.evaluation)
+    show_verdict(result.evaluation)
+    output.data_line(f"\nHeld-out code: {result.prompt!r}\nThe mixture goes on: {result.sample!r}")
     output.data_line(f"\n{result.seconds:.0f} s. Load the mixture with\n")
     for line in output.loading_lines(result.mixture, remote_code=True):
         output.data_line(f"  {line}")
-
-
-def _loss_table(result: "DemoResult") -> "Table":
-    """Models by domains, and their mean; the best of each column is bold."""
-    from rich import box
-    from rich.table import Table
-    from rich.text import Text
-
-    domains = list(next(iter(result.losses.values())))
-    rows = {model: [*losses.values(), sum(losses.values()) / len(losses)] for model, losses in result.losses.items()}
-    best = [min(column) for column in zip(*rows.values(), strict=True)]
-    caption = "best of each column in bold"
-    grid = Table(title="Held-out loss, nats per token", caption=caption, box=box.SIMPLE_HEAD)
-    grid.add_column("model")
-    for column in (*domains, "mean"):
-        grid.add_column(column, justify="right")
-    for model, losses in rows.items():
-        styles = ["bold" if loss == lowest else "" for loss, lowest in zip(losses, best, strict=True)]
-        grid.add_row(Text(model), *(Text(f"{loss:.3f}", style) for loss, style in zip(losses, styles, strict=True)))
-    return grid
+    output.data_line(f"\nReport: {result.report}")

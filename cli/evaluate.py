@@ -118,10 +118,9 @@ def show_evaluation(result: Mapping[str, Any]) -> None:
     models = result["models"]
     names = short_names(list(models))
     domains = list(next(iter(models.values()))["domains"])
-    bits = result["measure"] == "bits_per_byte"
     if domains:
-        if not bits or len(models) == 1:
-            _loss_table(models, names, domains)
+        if result["measure"] == "loss":
+            show_losses(result)
             _plain_table("Perplexity", models, names, domains, "perplexity", 2)
         if all(entry["domains"][domain]["bits_per_byte"] for entry in models.values() for domain in domains):
             _plain_table("Bits per byte", models, names, domains, "bits_per_byte", 4)
@@ -129,13 +128,22 @@ def show_evaluation(result: Mapping[str, Any]) -> None:
         if "routing" in entry:
             _routing_table(names[model], entry["routing"])
     _task_table(models, names)
+    show_verdict(result)
+
+
+def show_verdict(result: Mapping[str, Any]) -> None:
+    """What follows from the figures, sentence by sentence."""
     for sentence in result["verdict"]:
         output.data_line(output.printable(f"- {sentence}"))
 
 
-def _loss_table(models: Mapping[str, Any], names: Mapping[str, str], domains: Sequence[str]) -> None:
+def show_losses(result: Mapping[str, Any]) -> None:
     """Loss with half the width of its interval; the best of each column has a star."""
-    rows = []
+    from upcycle.verdict import short_names
+
+    models, rows = result["models"], []
+    names = short_names(list(models))
+    domains = list(next(iter(models.values()))["domains"])
     columns = {domain: [entry["domains"][domain]["loss"] for entry in models.values()] for domain in domains}
     means = [entry["mean_loss"] for entry in models.values()]
     for row, (model, entry) in enumerate(models.items()):

@@ -13,7 +13,7 @@ import typer
 from upcycle.errors import UpcycleError
 from upcycle.version import __version__
 
-from . import demo, evaluate, extract, generate, inspect, merge, output, plan, recipes, train
+from . import demo, evaluate, extract, generate, inspect, merge, output, plan, recipes, report, train
 
 # Options that take every word up to the next one that begins with `-`.
 LIST_OPTIONS = ("--seeds", "--set", "--data", "--eval-data", "--mix", "--tasks")
@@ -31,6 +31,7 @@ for function in (
     plan.plan,
     train.train,
     evaluate.evaluate,
+    report.report,
     recipes.recipes,
     inspect.inspect,
     extract.extract,

@@ -89,16 +89,6 @@ def test_heldout_text_is_not_in_the_training_text() -> None:
             assert len(own & seen) < 0.25 * len(own)
 
 
-def test_heldout_loss_is_the_library_s() -> None:
-    torch.manual_seed(0)
-    config = dense_config(BY_NAME["llama"])
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
-    windows = torch.randint(config.vocab_size, (demo.EVALUATION_BATCH + 3, 16))
-    with torch.no_grad():
-        losses = [model(input_ids=window[None], labels=window[None]).loss.item() for window in windows]
-    assert demo.heldout_loss(model, windows) == pytest.approx(sum(losses) / len(losses), abs=1e-6)
-
-
 def test_windows_do_not_overlap() -> None:
     stream = np.arange(70, dtype=np.uint16)
     assert demo.windows(stream, 32).tolist() == [list(range(32)), list(range(32, 64))]
@@ -120,9 +110,15 @@ def test_sequential_family_in_worker_processes(data: Path, tmp_path: Path) -> No
 
 def check_result(result: demo.DemoResult, folder: Path) -> None:
     """Every model is there, measured in every domain, loads as bf16, and knows its tokens."""
-    assert list(result.losses) == [*MODELS, "bam-kv-shared-4x, as merged", "bam-kv-shared-4x, trained"]
-    assert all(list(losses) == list(demo.DOMAINS) for losses in result.losses.values())
-    assert all(0 < loss < 12 for losses in result.losses.values() for loss in losses.values())
+    models = {Path(path).name: entry for path, entry in result.evaluation["models"].items()}
+    assert list(models) == ["bam-kv-shared-4x-trained", "bam-kv-shared-4x", *MODELS, "average-4x"]
+    assert all(list(entry["domains"]) == list(demo.DOMAINS) for entry in models.values())
+    assert all(0 < found["loss"] < 12 for entry in models.values() for found in entry["domains"].values())
+    assert [models[name]["role"].partition(" ")[0] for name in MODELS] == ["seed"] * 4
+    assert models["average-4x"]["role"] == "plain average"
+    assert result.report == folder / "report.html"
+    page = result.report.read_text()
+    assert all(name in page for name in models)
     assert result.mixture == folder / "bam-kv-shared-4x-trained"
     assert (result.prompt + result.sample).strip()
     text = "def f(x):  return x ,\n"
@@ -196,13 +192,24 @@ def test_what_cannot_be_served_is_said(data: Path, tmp_path: Path) -> None:
 
 def test_command_prints_losses_and_how_to_load(monkeypatch: pytest.MonkeyPatch) -> None:
     losses = {"seed": {"docs": 4.0, "code": 5.0}, "mixture": {"docs": 4.5, "code": 3.25}}
-    result = demo.DemoResult(losses, Path("work/mixture"), "def", " main", 1.0)
+    models = {
+        name: {
+            "domains": {domain: {"loss": loss, "ci95": None} for domain, loss in domains.items()},
+            "mean_loss": sum(domains.values()) / 2,
+            "role": "dense",
+        }
+        for name, domains in losses.items()
+    }
+    evaluation = {"models": models, "measure": "loss", "verdict": ["A sentence."]}
+    result = demo.DemoResult(evaluation, Path("work/report.html"), Path("work/mixture"), "def", " main", 1.0)
     monkeypatch.setattr(demo, "run_demo", lambda *_, **__: result)
     app = typer.Typer()
     app.command()(demo_command)
     ran = CliRunner().invoke(app, ["--family", "llama"])
     assert ran.exit_code == 0, ran.output
     assert "4.500" in ran.stdout
-    assert "3.875" in ran.stdout  # the mixture's mean
+    assert "*3.875" in ran.stdout  # the mixture's mean, the better one
+    assert "A sentence." in ran.stdout
+    assert ran.stdout.rstrip().endswith("Report: work/report.html")
     assert 'AutoModelForCausalLM.from_pretrained("work/mixture", trust_remote_code=True)' in ran.stdout
     assert ran.stderr == ""

@@ -1,6 +1,5 @@
 """Several models measured on the same held-out text, and compared: the object that `upcycle eval --json` prints."""
 
-import gc
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -105,8 +104,6 @@ def evaluate_models(options: EvaluationOptions, progress: Progress = lambda *_: 
         results[model], sums[model] = measurement.run(heldout[model], windows_done)
         results[model]["seconds"] = round(time.perf_counter() - began, 3)
         results[model]["role"] = _role(model, relatives)
-        del measurement
-        gc.collect()
     return _compared(models, list(options.data), results, sums, relatives, comparable)
 
 
@@ -148,10 +145,11 @@ def _read_all(
     for model in facts if options.data else ():
         groups.setdefault(tokenizer_hash(Path(model)), []).append(model)
     heldout: dict[str, dict[str, Heldout]] = {model: {} for model in facts}
-    tokenizers = {members[0]: load_tokenizer(Path(members[0])) for members in groups.values()}
+    arrays = [name for name, source in options.data.items() if _is_array(name, source)]
+    needed = len(groups) > 1 or len(arrays) < len(options.data)
+    tokenizers = {members[0]: load_tokenizer(Path(members[0])) if needed else None for members in groups.values()}
     for name, source in options.data.items():
-        files = find_files("--data", name, source)
-        if files and files[0].suffix == ".npy":
+        if name in arrays:
             _check_one_tokenizer(name, source, tokenizers)
         for members in groups.values():
             part = read_heldout(
@@ -179,6 +177,11 @@ def _read_all(
     return heldout, comparable
 
 
+def _is_array(name: str, source: str) -> bool:
+    files = find_files("--data", name, source)
+    return bool(files) and files[0].suffix == ".npy"
+
+
 def _check_one_tokenizer(name: str, source: str, tokenizers: Mapping[str, Any]) -> None:
     known = [(model, tokenizer.get_vocab()) for model, tokenizer in tokenizers.items() if tokenizer is not None]
     for model, vocabulary in known[1:]:
@@ -202,7 +205,7 @@ class _Measurement:
     def run(
         self, heldout: Mapping[str, Heldout], windows_done: Callable[[str, str, int], None]
     ) -> tuple[dict[str, Any], dict[str, _Sums]]:
-        """The model's entry of the result, and its sums by domain."""
+        """The model's entry of the result, and its sums by domain; call once."""
         sums: dict[str, _Sums] = {}
         routing: dict[str, Any] = {}
         for name, part in heldout.items():
@@ -234,6 +237,7 @@ class _Measurement:
         if self.options.tasks:
             tokenizer = load_tokenizer(Path(self.name))
             result["tasks"] = run_tasks(self.model, tokenizer, self.options.tasks, limit=self.options.task_limit)
+        self.model.to("meta")  # lets the memory go at once, whoever still holds the model
         return result, sums
 
     def _batch(self, part: Heldout) -> int:

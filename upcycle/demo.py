@@ -23,12 +23,14 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFa
 from transformers.utils import logging
 
 from upcycle.checkpoint import staging
+from upcycle.comparison import EvaluationOptions, evaluate_models
 from upcycle.data import parse_shares
 from upcycle.errors import OutputError, UpcycleError, did_you_mean
 from upcycle.merge import merge
 from upcycle.numeric import Array
 from upcycle.plan import count_experts, plan_merge
 from upcycle.recipe import Recipe, load_recipe
+from upcycle.report import write_report
 from upcycle.seeds import read_seeds
 from upcycle.train import train as train_checkpoint
 from upcycle.training_settings import TrainingOptions
@@ -41,7 +43,7 @@ END_OF_TEXT: Final = "<|endoftext|>"
 KEY_FILE: Final = "demo-key.txt"
 WORKERS: Final = 2
 WARM_UP: Final = 10  # steps
-EVALUATION_BATCH: Final = 8  # windows
+EVALUATION_WINDOWS: Final = 20  # of each domain, while the mixture trains
 REPORTED: Final = 20  # steps of the mixture's training from one message to the next
 
 Text = Mapping[str, Sequence[str]]  # documents by domain
@@ -79,15 +81,16 @@ class DemoResult:
     """What the demo found.
 
     Attributes:
-        losses: held-out nats per token by model (the seeds in their order, then the mixture as merged and as trained)
-            and domain.
+        evaluation: of the mixture as trained and as merged, the seeds and their plain average; see `evaluate_models`.
+        report: the page about it.
         mixture: the folder of the trained mixture.
         prompt: the start of a held-out code document.
         sample: how the mixture goes on, greedily.
         seconds: the whole run.
     """
 
-    losses: Mapping[str, Mapping[str, float]]
+    evaluation: Mapping[str, Any]
+    report: Path
     mixture: Path
     prompt: str
     sample: str
@@ -141,19 +144,18 @@ def run_demo(
     train_text, heldout_text = read_text(data, "train"), read_text(data, "heldout")
     folder, key = work / family, training_key(family, settings, train_text)
     tokenizer = make_tokenizer(folder / "tokenizer", key, train_text, settings)
-    heldout = {domain: windows(encode(tokenizer, text), settings.context) for domain, text in heldout_text.items()}
+    heldout = {domain: str(data / f"{domain}.heldout.jsonl") for domain in heldout_text}
     with _workers() as pool:
         for stage in trainings(folder, key, family, tokenizer, train_text, settings):
             train_missing(pool, stage, report)
-        seeds = {name: folder / name for name in (SEED, *SPECIALISTS)}
-        merged = _merge(mix, list(seeds.values()), folder, report)
-        mixture = _train_mixture(merged, folder, tokenizer, train_text, settings, report)
-        report("measuring held-out loss")
-        models = seeds | {f"{merged.name}, as merged": merged, f"{merged.name}, trained": mixture}
-        futures = {name: pool.submit(measure, path, heldout) for name, path in models.items()}
-        losses = {name: future.result() for name, future in futures.items()}
-        prompt, sample = pool.submit(_sample, mixture, heldout["code"][0][:32]).result()
-    return DemoResult(losses, mixture, prompt, sample, time.monotonic() - began)
+    seeds = [folder / name for name in (SEED, *SPECIALISTS)]
+    merged, average = (_merge(recipe, seeds, folder, report) for recipe in (mix, load_recipe("average")))
+    mixture = _train_mixture(merged, folder, tokenizer, train_text, heldout, settings, report)
+    models = [str(path) for path in (mixture, merged, *seeds, average)]
+    evaluation = _evaluate(models, heldout, report)
+    page = write_report([mixture], folder / "report.html", evaluation, overwrite=True).out
+    prompt, sample = _sample(mixture, encode(tokenizer, heldout_text["code"][:1])[:32])
+    return DemoResult(evaluation, page, mixture, prompt, sample, time.monotonic() - began)
 
 
 def read_text(data: Path, split: str, domains: Sequence[str] = DOMAINS) -> dict[str, list[str]]:
@@ -381,7 +383,13 @@ def _merge(recipe: Recipe, seeds: Sequence[Path], folder: Path, report: Progress
 
 
 def _train_mixture(
-    merged: Path, folder: Path, tokenizer: Any, text: Text, settings: Settings, report: Progress
+    merged: Path,
+    folder: Path,
+    tokenizer: Any,
+    text: Text,
+    heldout: Mapping[str, str],
+    settings: Settings,
+    report: Progress,
 ) -> Path:
     """The third phase: every domain in equal shares, as `upcycle train` does it by default."""
     data = {}
@@ -396,6 +404,8 @@ def _train_mixture(
         out=folder / f"{merged.name}-trained",
         steps=settings.mixture_steps,
         shares=parse_shares([], data),
+        heldout=heldout,
+        eval_windows=EVALUATION_WINDOWS,
         sequence_length=settings.context,
         batch_size=settings.batch,
         random_seed=settings.random_seed,
@@ -411,27 +421,15 @@ def _train_mixture(
     return result.out
 
 
-def measure(folder: Path, heldout: Tokens) -> dict[str, float]:
-    """Held-out loss of the model in `folder` by domain, nats per token; `heldout` holds uint16 `[windows, context]`."""
-    model = _load(folder)
-    return {
-        domain: heldout_loss(model, torch.from_numpy(tokens.astype(np.int64))) for domain, tokens in heldout.items()
-    }
+def _evaluate(models: Sequence[str], heldout: Mapping[str, str], report: Progress) -> dict[str, Any]:
+    said: list[str] = []
 
+    def progress(model: str, *_: Any) -> None:
+        if model not in said:
+            said.append(model)
+            report(f"{Path(model).name}: measuring held-out loss")
 
-@torch.inference_mode()
-def heldout_loss(model: Any, windows: torch.Tensor) -> float:
-    """Mean NLL in nats of every token but the first of each window, given those before it.
-
-    Args:
-        model: a causal language model in evaluation mode.
-        windows: int64 `[windows, context]`.
-    """
-    total = 0.0
-    for batch in torch.split(windows, EVALUATION_BATCH):
-        logits = model(input_ids=batch, use_cache=False).logits[:, :-1].float()
-        total += torch.nn.functional.cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten(), reduction="sum").item()
-    return total / windows[:, 1:].numel()
+    return evaluate_models(EvaluationOptions(models, heldout), progress)
 
 
 def _sample(mixture: Path, prompt: Array, new_tokens: int = 24) -> tuple[str, str]:

@@ -113,7 +113,8 @@ def read_heldout(
     """All of a domain, or `count` of its windows, evenly spaced; documents follow one another, packed.
 
     Every token but a window's first is predicted once. With a `stride` windows overlap: each begins so many tokens
-    after the one before, and only what is new in it counts, so that every token has at least `length - stride` before it.
+    after the one before, and only what is new in it counts, so that every token has at least `length - stride` before
+    it.
 
     Args:
         tokenizer: the model's, or None.

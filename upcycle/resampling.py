@@ -2,8 +2,8 @@
 
 The Bayesian bootstrap (Rubin 1981, The Annals of Statistics 9): every document gets a random weight, the loss is taken
 with those weights, and the spread of many such losses is how sure it is. All models get the same weights, so what
-documents are hard for every model cancels out of a difference. Documents are drawn rather than tokens, since the tokens of
-one document are alike.
+documents are hard for every model cancels out of a difference. Documents are drawn rather than tokens, since the tokens
+of one document are alike.
 """
 
 from typing import Final

@@ -322,8 +322,8 @@ def find_ancestor(seeds: Sequence[Seed], samples: Sequence[Mapping[str, bytes]])
 
     Seen from the ancestor, the specialists lie in directions of their own; seen from a specialist, all others lie where
     the ancestor lies. So the largest cosine between the differences to a seed tells: about 0.06 against 0.7 for three
-    specialists of 150 steps, and 0.5 for each where the ancestor is not among them. A seed that was hardly trained looks
-    like the ancestor.
+    specialists of 150 steps, and 0.5 for each where the ancestor is not among them. A seed that was hardly trained
+    looks like the ancestor.
     """
     if len(seeds) < 3:
         return None
