@@ -158,8 +158,6 @@ def show_losses(result: Mapping[str, Any]) -> None:
 
 def _short_role(role: str, name: str) -> str:
     """What a model is to the mixture, without what its name says already."""
-    if role.endswith("the ancestor"):
-        return "ancestor"
     return {"dense": "", f"seed {name}": "seed"}.get(role, role)
 
 

@@ -147,7 +147,7 @@ def test_seeds_ancestor_and_average_are_recognised_by_their_weights(
         "mix": "mixture",
         "avg": "plain average",
         "other": "dense",
-        "v": "seed base, the ancestor",
+        "v": "ancestor",
         "x": "seed code",
         "y": "seed law",
         "z": "seed math",
@@ -161,7 +161,7 @@ def test_the_ancestor_may_be_named(base_seed: Path, seeds: list[Path], rows: dic
     mixture = make("btx", seeds, tmp_path / "mix")
     assert json.loads((mixture / "upcycle.json").read_text())["ancestor"] is None
     result = evaluate(mixture, data=rows, windows=5, base=str(base_seed))
-    assert [entry["role"] for entry in result["models"].values()] == ["mixture", "the ancestor"]
+    assert [entry["role"] for entry in result["models"].values()] == ["mixture", "ancestor"]
     assert "Against the seed that its specialists were trained from (base)" in "\n".join(result["verdict"])
 
 

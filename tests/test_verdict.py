@@ -50,6 +50,15 @@ def test_a_mixture_worse_than_its_seed_is_told_so() -> None:
     assert "So far mix is worse than what it began with: train it before you use it." in text
 
 
+def test_of_a_second_mixture_less_is_said() -> None:
+    losses = LOSSES | {"out/fresh": (2.9, 3.6)}
+    family = {"out/fresh": FAMILY, "out/mix": FAMILY}
+    text = "\n".join(verdict(scores(losses), family, {}))
+    assert text.count("the oracle") == 2  # the mixture's own two sentences, the other is far from it
+    assert text.index("In the mean of the domains mix") < text.index("In the mean of the domains fresh")
+    assert "So far fresh is worse than what it began with" in text
+
+
 def test_a_difference_within_the_noise_is_called_none() -> None:
     text = said(LOSSES | {"out/mix": (2.01, 3.49)}, 0.5)
     assert "no clear difference: real with a probability of " in text

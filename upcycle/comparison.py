@@ -286,10 +286,10 @@ def _role(model: str, relatives: Mapping[str, Relatives]) -> str:
         return "mixture"
     for family in relatives.values():
         names = [name for name, seed in family.seeds.items() if seed == model]
-        if names:
-            return f"seed {names[0]}" + (", the ancestor" if family.ancestor == model else "")
         if family.ancestor == model:
-            return "the ancestor"
+            return "ancestor"
+        if names:
+            return f"seed {names[0]}"
         if family.average == model:
             return "plain average"
     return "dense"

@@ -72,10 +72,16 @@ def verdict(scores: Scores, relatives: Mapping[str, Relatives], routing: Mapping
     """
     names = short_names(scores.models)
     sentences = []
-    for mixture, family in relatives.items():
+    # The best mixture is what the reader came for; of others, such as the same one before its training, less is said.
+    for rank, mixture in enumerate(sorted(relatives, key=scores.loss)):
+        family = relatives[mixture]
         writer = _Writer(scores, names, mixture, family)
-        sentences += [*writer.against_all(), *writer.against_specialists(), *writer.against_ancestor()]
-        sentences += writer.against("the plain average of its seeds", family.average)
+        sentences += writer.against_all()
+        if rank == 0:
+            sentences += writer.against_specialists()
+        sentences += writer.against_ancestor()
+        if rank == 0:
+            sentences += writer.against("the plain average of its seeds", family.average)
         if mixture in routing:
             sentences += _routing_sentences(names[mixture], routing[mixture])
     if not relatives:

@@ -37,9 +37,7 @@ def load_model(folder: Path, dtype: torch.dtype = torch.float32) -> Any:
     """
     classes = _auto_class(folder)
     try:
-        model, info = classes.from_pretrained(
-            folder, dtype=dtype, trust_remote_code=False, output_loading_info=True
-        )
+        model, info = classes.from_pretrained(folder, dtype=dtype, trust_remote_code=False, output_loading_info=True)
     except Exception as error:  # transformers raises whatever it meets in a damaged file
         raise CheckpointError(f"{folder} cannot be loaded: {error}") from error
     for kind, what in (("missing_keys", "lacks"), ("unexpected_keys", "holds, but no model of its config has")):
