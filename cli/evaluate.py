@@ -133,8 +133,7 @@ def show_evaluation(result: Mapping[str, Any]) -> None:
 
 def show_verdict(result: Mapping[str, Any]) -> None:
     """What follows from the figures, sentence by sentence."""
-    for sentence in result["verdict"]:
-        output.data_line(output.printable(f"- {sentence}"))
+    output.sentences(result["verdict"])
 
 
 def show_losses(result: Mapping[str, Any]) -> None:

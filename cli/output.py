@@ -60,6 +60,23 @@ def data_line(line: str) -> None:
     sys.stdout.write(line + "\n")
 
 
+def sentences(texts: Sequence[str]) -> None:
+    """Sentences of a result as a list, on stdout; on a terminal lines break between words."""
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    console = Console()
+    grid = Table.grid(padding=(0, 1, 0, 0))
+    for text in texts:
+        if console.is_terminal:
+            grid.add_row("-", Text(printable(text)))
+        else:
+            data_line(f"- {printable(text)}")
+    if grid.rows:
+        console.print(grid)
+
+
 def data_object(value: Mapping[str, Any]) -> None:
     """The one object that `--json` prints, on stdout."""
     data_line(json.dumps(value, indent=2))

@@ -1,6 +1,7 @@
 """The training on a real GPU; `pytest -m gpu` on a machine that has one."""
 
 import importlib.util
+import json
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -30,6 +31,17 @@ def test_training_in_bf16_lowers_the_loss(
     assert done.returncode == 0, done.stderr
     losses = metrics(tmp_path / "out", "nll")
     assert losses[-1] < losses[0] - 1
+
+
+def test_an_evaluation_agrees_with_the_hosts(mixture: Path, data: Mapping[str, str]) -> None:
+    sources = [f"{name}={file}" for name, file in data.items()]
+    found = []
+    for more in (("--device", "cpu"), ("--device", "cuda", "--precision", "fp32"), ("--device", "cuda")):
+        done = run_cli("eval", mixture, "--data", *sources, "--sequence-length", 32, "--json", *more)
+        assert done.returncode == 0, done.stderr
+        found.append(json.loads(done.stdout)["models"][str(mixture)]["mean_loss"])
+    assert found[1] == pytest.approx(found[0], abs=1e-3)
+    assert found[2] == pytest.approx(found[0], abs=2e-2)  # bf16
 
 
 def test_fp32_on_the_gpu_is_fp32_on_the_host(

@@ -62,6 +62,7 @@ def test_the_wheel_installs_only_upcycle(seeds, tmp_path):
     upcycle = python.parent / "upcycle"
     run(upcycle, "merge", "--seeds", *seeds, "--recipe", "bam-kv-shared", "--out", "m", cwd=tmp_path)
     assert "word3" in run(upcycle, "generate", "m", "word3", cwd=tmp_path)
+    assert "report.html" in run(upcycle, "report", "m", cwd=tmp_path)
     for outsider in ("cli", "recipes", "tests"):
         script = f"import importlib.util as u; raise SystemExit(u.find_spec({outsider!r}) is not None)"
         run(python, "-c", script, cwd=tmp_path)
@@ -69,13 +70,13 @@ def test_the_wheel_installs_only_upcycle(seeds, tmp_path):
 
 @pytest.mark.slow
 def test_the_oldest_transformers_passes_too(tmp_path):
-    """The tests of model, merge and training in an environment with transformers 5.17."""
+    """The tests of model, merge, training and evaluation in an environment with transformers 5.17."""
     lines = (ROOT / "constraints.txt").read_text().splitlines()
     older = [line for line in lines if not line.startswith(("transformers==", "huggingface_hub==", "tokenizers=="))]
     (tmp_path / "older.txt").write_text("\n".join(older))
     requirements = ("--constraint", tmp_path / "older.txt", "transformers==5.17.*", "--editable", f"{ROOT}[dev]")
     python = fresh_environment(tmp_path / "env", *requirements)
-    names = ("modeling", "modeling_use", "families", "merge", "losses", "train", "resume")
+    names = ("modeling", "modeling_use", "families", "merge", "losses", "train", "resume", "comparison", "similarity")
     tests = [f"tests/test_{name}.py" for name in names]
     assert "5.17" in run(python, "-c", "import transformers; print(transformers.__version__)")
     assert " passed" in run(python, "-m", "pytest", "-q", "-n", "2", *tests)

@@ -61,7 +61,7 @@ def test_of_a_second_mixture_less_is_said() -> None:
 
 def test_a_difference_within_the_noise_is_called_none() -> None:
     text = said(LOSSES | {"out/mix": (2.01, 3.49)}, 0.5)
-    assert "no clear difference: real with a probability of " in text
+    assert "no clear difference, real with a probability of only " in text
     assert "code 0.010 behind code (no clear difference" in text
 
 

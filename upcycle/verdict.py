@@ -177,7 +177,7 @@ def _sure(probability: float) -> str:
     """A probability that the first is better, as that of what is seen."""
     sure = max(probability, 1 - probability)
     if sure < CLEAR:
-        return f"no clear difference: real with a probability of {sure:.0%}"
+        return f"no clear difference, real with a probability of only {sure:.0%}"
     return "real with a probability " + ("above 99.9%" if sure > 0.999 else f"of {np.floor(sure * 1000) / 10:.1f}%")
 
 
