@@ -19,8 +19,10 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import numpy as np
 import torch
 
-from upcycle.comparison import BATCH_TOKENS, EvaluationOptions, evaluate_models
+from upcycle.comparison import evaluate_models
+from upcycle.evaluation_inputs import EvaluationOptions
 from upcycle.heldout import evenly_spaced
+from upcycle.measurement import BATCH_TOKENS
 from upcycle.weights import load_model
 
 

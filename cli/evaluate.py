@@ -1,5 +1,6 @@
 """`upcycle eval`: models measured on held-out text, and what that says."""
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -50,9 +51,7 @@ def evaluate(
     device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ...; a GPU where there is one.")] = None,
     tasks: Annotated[
         list[str] | None,
-        typer.Option(
-            "--tasks", metavar="TASK ...", help="Downstream tasks of lm-eval (pip install 'upcycle[tasks]'), or .yaml."
-        ),
+        typer.Option("--tasks", metavar="TASK ...", help="Downstream tasks of lm-eval (the extra `tasks`), or .yaml."),
     ] = None,
     task_limit: Annotated[int | None, typer.Option(min=1, help="Documents of each task; all of them.")] = None,
     as_json: Json = False,
@@ -68,9 +67,14 @@ def evaluate(
 
     if not (data or tasks):
         raise DataError("nothing to measure: give --data NAME=FILE ..., --tasks TASK ..., or both")
+    if task_limit and not tasks:
+        raise typer.BadParameter("--task-limit limits --tasks, and none is given")
+    if not data and (sequence_length or stride or windows):
+        raise typer.BadParameter("--sequence-length, --stride and --windows say how --data is read, and none is given")
     sources = split_names("--data", data or [])
 
-    from upcycle.comparison import EvaluationOptions, evaluate_models
+    from upcycle.comparison import evaluate_models
+    from upcycle.evaluation_inputs import EvaluationOptions
 
     options = EvaluationOptions(
         models=models,
@@ -122,7 +126,8 @@ def show_evaluation(result: Mapping[str, Any]) -> None:
         if result["measure"] == "loss":
             show_losses(result)
             _plain_table("Perplexity", models, names, domains, "perplexity", 2)
-        if all(entry["domains"][domain]["bits_per_byte"] for entry in models.values() for domain in domains):
+        bits = [entry["domains"][domain]["bits_per_byte"] for entry in models.values() for domain in domains]
+        if None not in bits:
             _plain_table("Bits per byte", models, names, domains, "bits_per_byte", 4)
     for model, entry in models.items():
         if "routing" in entry:
@@ -145,11 +150,13 @@ def show_losses(result: Mapping[str, Any]) -> None:
     domains = list(next(iter(models.values()))["domains"])
     columns = {domain: [entry["domains"][domain]["loss"] for entry in models.values()] for domain in domains}
     means = [entry["mean_loss"] for entry in models.values()]
+    room = output.width() - max(map(len, names.values())) - 30
+    beside = " " if room >= 16 * len(domains) else "\n"  # else some cells would be broken and others not
     for row, (model, entry) in enumerate(models.items()):
         cells = []
         for domain in domains:
             found = entry["domains"][domain]
-            spread = f" ±{(found['ci95'][1] - found['ci95'][0]) / 2:.3f}" if found["ci95"] else ""
+            spread = f"{beside}±{(found['ci95'][1] - found['ci95'][0]) / 2:.3f}" if found["ci95"] else ""
             cells.append(f"{_starred(columns[domain], row, 3)}{spread}")
         rows.append([names[model], *cells, _starred(means, row, 3), _short_role(entry["role"], names[model])])
     output.table("Held-out loss, nats per token (± 95%; * best)", ["model", *domains, "mean", ""], rows)
@@ -163,7 +170,7 @@ def _short_role(role: str, name: str) -> str:
 def _plain_table(
     title: str, models: Mapping[str, Any], names: Mapping[str, str], domains: Sequence[str], key: str, digits: int
 ) -> None:
-    rows = {model: [entry["domains"][domain][key] for domain in domains] for model, entry in models.items()}
+    rows = {model: [_finite(entry["domains"][domain][key]) for domain in domains] for model, entry in models.items()}
     columns = list(zip(*([*row, sum(row) / len(row)] for row in rows.values()), strict=True))
     table = [
         [names[model], *(_starred(column, index, digits) for column in columns)] for index, model in enumerate(rows)
@@ -172,8 +179,13 @@ def _plain_table(
 
 
 def _starred(column: Sequence[float], row: int, digits: int) -> str:
-    star = "*" if len(column) > 1 and column[row] == min(column) else ""
-    return f"{star}{column[row]:.{digits}f}"
+    shown = [f"{value:.{digits}f}" for value in column]
+    return f"{'*' if len(column) > 1 and shown[row] == min(shown, key=float) else ''}{shown[row]}"
+
+
+def _finite(value: float | None) -> float:
+    """What JSON leaves out is beyond all numbers."""
+    return math.inf if value is None else value
 
 
 def _routing_table(name: str, routing: Mapping[str, Any]) -> None:

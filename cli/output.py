@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -91,12 +92,18 @@ def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> 
 
     grid = Table(box=box.SIMPLE_HEAD, header_style="bold", show_header=any(columns))
     for index, column in enumerate(columns):
-        grid.add_column(column, justify="right" if index else "left")
+        # Text is never taken for markup; figures that have no room are broken rather than cut off.
+        grid.add_column(Text(printable(column)), justify="right" if index else "left", overflow="fold")
     for row in rows:
         grid.add_row(*(Text(printable(cell)) for cell in row))
-    console = Console()
-    console.print(Text(title, style="bold"), soft_wrap=True)
+    console = Console(width=width())
+    console.print(Text(printable(title), style="bold"), soft_wrap=True)
     console.print(grid)
+
+
+def width() -> int:
+    """Columns that a table may take: the terminal's, or as many as it needs in a file."""
+    return shutil.get_terminal_size().columns if sys.stdout.isatty() else 10_000
 
 
 def entries(rows: Sequence[tuple[str, str]]) -> None:

@@ -11,7 +11,9 @@ from .merge import Json
 
 
 def report(
-    paths: Annotated[list[Path], typer.Argument(help="Folders of trainings, mixtures or dense models.")],
+    paths: Annotated[
+        list[Path], typer.Argument(help="Folders of trainings, mixtures or dense models.", metavar="RUN|MODEL ...")
+    ],
     data: Data = None,
     base: Base = None,
     windows: Windows = None,
@@ -41,8 +43,9 @@ def report(
 
 
 def _evaluate(paths: list[Path], data: list[str], base: str | None, windows: int | None) -> dict[str, Any]:
-    from upcycle.comparison import EvaluationOptions, evaluate_models
+    from upcycle.comparison import evaluate_models
     from upcycle.data import split_names
+    from upcycle.evaluation_inputs import EvaluationOptions
     from upcycle.run_records import read_sources
 
     models = [str(source.checkpoint or source.folder) for source in read_sources(paths)]

@@ -14,8 +14,9 @@ from transformers import AutoModelForCausalLM, MixtralForCausalLM
 
 from tests.conftest import branch, run_cli, write_tokenizer
 from tests.tiny import BY_NAME, VOCAB, edit_json, make_seed, mixtral_config
-from upcycle.comparison import EvaluationOptions, evaluate_models
+from upcycle.comparison import evaluate_models
 from upcycle.errors import CheckpointError, DataError, UpcycleError
+from upcycle.evaluation_inputs import EvaluationOptions
 from upcycle.merge import merge
 from upcycle.plan import plan_merge
 from upcycle.recipe import load_recipe
@@ -210,11 +211,9 @@ def test_what_cannot_be_measured_is_refused(base_seed: Path, rows: dict[str, str
     edit_json(small / "config.json", vocab_size=50)
     with pytest.raises(DataError, match=r"small has a vocabulary of 50 tokens, but --data code=.* holds token 95"):
         evaluate(small, base_seed, data=rows)
-    with pytest.raises(CheckpointError, match="are the same folder"):
-        evaluate(base_seed, f"{base_seed}/../{base_seed.name}", data=rows)
     with pytest.raises(CheckpointError, match="nowhere"):
         evaluate(base_seed, tmp_path / "nowhere", data=rows)
-    with pytest.raises(DataError, match="--sequence-length 99: the models have positions for 64 tokens"):
+    with pytest.raises(DataError, match=r"--sequence-length 99: .*base has positions for 64 tokens"):
         evaluate(base_seed, data=rows, sequence_length=99)
     with pytest.raises(UpcycleError, match="--device moon cannot be used"):
         evaluate(base_seed, data=rows, device="moon")

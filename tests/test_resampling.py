@@ -18,7 +18,7 @@ def documents(random_seed: int, count: int, models: int = 1, spread: float = 0.5
 def test_intervals_hold_about_as_often_as_they_say(count: int, low: float) -> None:
     held = 0
     for trial in range(300):
-        draws = draw_losses(*documents(trial + 1000, count))
+        draws = draw_losses(*documents(trial + 1000, count), 0)
         assert draws is not None
         begin, end = interval(draws[:, 0])
         held += begin < 3 < end
@@ -28,7 +28,7 @@ def test_intervals_hold_about_as_often_as_they_say(count: int, low: float) -> No
 def test_probabilities_are_uniform_where_nothing_differs() -> None:
     found = []
     for trial in range(300):
-        draws = draw_losses(*documents(trial, 60, models=2))
+        draws = draw_losses(*documents(trial, 60, models=2), 0)
         assert draws is not None
         found.append(probability_below(draws[:, 0] - draws[:, 1]))
     assert np.mean(np.array(found) > 0.95) < 0.09  # expected 0.05
@@ -40,7 +40,7 @@ def test_pairing_finds_what_intervals_alone_would_hide() -> None:
     """Both models find the same documents hard; 0.05 nats between them are far less than either's interval."""
     sums, tokens = documents(0, 60, models=2)
     sums[:, 1] += 0.05 * tokens[:, 1]
-    draws = draw_losses(sums, tokens)
+    draws = draw_losses(sums, tokens, 0)
     assert draws is not None
     low, high = interval(draws[:, 0])
     assert high - low > 0.15
@@ -49,7 +49,7 @@ def test_pairing_finds_what_intervals_alone_would_hide() -> None:
 
 def test_many_documents_are_grouped_without_losing_their_spread() -> None:
     sums, tokens = documents(0, 5 * MAX_GROUPS)
-    draws = draw_losses(sums, tokens)
+    draws = draw_losses(sums, tokens, 0)
     assert draws is not None
     assert draws.shape == (DRAWS, 1)
     single = np.std(sums / tokens) / np.sqrt(len(sums) * 0.78)  # unequal documents count for fewer: e^(-0.25)
@@ -58,6 +58,6 @@ def test_many_documents_are_grouped_without_losing_their_spread() -> None:
 
 
 def test_one_document_allows_no_interval_and_the_same_call_gives_the_same() -> None:
-    assert draw_losses(np.ones((1, 2)), np.ones((1, 2))) is None
-    one, other = (draw_losses(*documents(3, 20)) for _ in range(2))
+    assert draw_losses(np.ones((1, 2)), np.ones((1, 2)), 0) is None
+    one, other = (draw_losses(*documents(3, 20), 5) for _ in range(2))
     assert np.array_equal(one, other)

@@ -270,12 +270,12 @@ def test_the_ancestor_is_found_among_its_specialists(base_seed, seeds, tmp_path)
 
     code, law, math = seeds
     assert found(code, base_seed, law, math) == "base"
-    assert found(law, math, base_seed) == "base"
-    assert found(code, law, math) is None  # none of them
+    assert found(code, law, math, branch(base_seed, tmp_path / "prose", 8)) is None  # none of them
+    assert found(law, math, base_seed) is None  # it could be the middle of a chain
     assert found(code, base_seed) is None  # either could be
     longer = branch(code, tmp_path / "longer", 9)
     assert found(longer, code, law, base_seed) is None  # two have descendants
-    assert found(code, f"again={code}", f"third={code}") is None
+    assert found(code, f"again={code}", f"third={code}", f"fourth={code}") is None
 
 
 @pytest.mark.parametrize(

@@ -68,7 +68,7 @@ def test_a_difference_within_the_noise_is_called_none() -> None:
 def test_a_single_document_gives_no_probability() -> None:
     text = said(draws=[None, None], documents=[1, 1])
     assert "probability " not in text.replace("probabilities", "")
-    assert "Few documents: code (1), law (1)" in text
+    assert "Few documents, counted as if of one length: code (1), law (1)" in text
 
 
 def test_what_was_not_measured_is_asked_for_not_guessed() -> None:
@@ -103,13 +103,14 @@ def test_routing_is_told_where_it_says_something() -> None:
     routing = {
         "experts": ["code", "b", "c"],
         "top_k": 1,
+        "layers": [4, 6],
         "domains": loads,
         "similarity": {"ffn_outputs": alike.tolist()},
     }
     text = "\n".join(verdict(scores(), {"out/mix": FAMILY}, {"out/mix": routing}))
     assert "routes a token to the expert of its text's domain: code 75% (chance: 33%)" in text
-    assert "Idle experts of mix, with under a tenth of an equal share of the tokens: b in layer 0, b in layer 1" in text
-    assert "FFN experts of mix answer almost alike: code and c in layer 1, cosine 0.995." in text
+    assert "Idle experts of mix, with under a tenth of an equal share of the tokens: b in layer 4, b in layer 6" in text
+    assert "FFN experts of mix answer almost alike: code and c in layer 6, cosine 0.995." in text
 
 
 def test_names_are_short_where_they_can_be() -> None:

@@ -114,7 +114,8 @@ class Encoded:
 
     Attributes:
         counted: the tokens that the loss counts, or None for all.
-        text_bytes: the UTF-8 bytes of text that each token adds, where they were asked for.
+        text_bytes: the UTF-8 bytes of text that each token adds, of texts where they were asked for. A chat has none:
+            its template's marks are no text.
     """
 
     ids: list[int]
@@ -133,7 +134,7 @@ def encoded_batches(
     """
     for batch in _batches(documents):
         if isinstance(batch[0].content, list):
-            encoded = [encode_chat(document, tokenizer, end_of_text, with_bytes) for document in batch]
+            encoded = [encode_chat(document, tokenizer, end_of_text) for document in batch]
         else:
             encoded = encode_texts(batch, tokenizer, end_of_text, with_bytes)
         for document, one in zip(batch, encoded, strict=True):
@@ -168,7 +169,8 @@ def _batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
 def encode_texts(
     documents: Sequence[Document], tokenizer: Any, end_of_text: int, with_bytes: bool = False
 ) -> list[Encoded]:
-    """Texts, each ended by `end_of_text`."""
+    """Texts, each ended by `end_of_text`; only fast tokenizers say where a token's bytes lie."""
+    with_bytes = with_bytes and tokenizer.is_fast
     texts = [str(document.content) for document in documents]
     try:
         found = tokenizer(texts, return_attention_mask=False, return_offsets_mapping=with_bytes, verbose=False)
@@ -201,7 +203,7 @@ def text_bytes(text: str, offsets: Sequence[tuple[int, int]], tokens: int) -> Ar
     return np.diff(until[np.maximum.accumulate(ends)], prepend=0).astype(np.int32)
 
 
-def encode_chat(document: Document, tokenizer: Any, end_of_text: int, with_bytes: bool = False) -> Encoded:
+def encode_chat(document: Document, tokenizer: Any, end_of_text: int) -> Encoded:
     """Tokens of a chat by the tokenizer's own template, and which of them are the assistant's.
 
     An assistant's turn is what the template adds to the text before it (with the assistant's header, which the model is
@@ -235,9 +237,11 @@ def encode_chat(document: Document, tokenizer: Any, end_of_text: int, with_bytes
     encoded = tokenizer(whole, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
     counted = [any(start <= begin < end for start, end in spans) for begin, _ in encoded["offset_mapping"]]
     ids = list(encoded["input_ids"])
+    if not ids:
+        raise DataError(f"{document.place}: the chat template makes no text of it")
     if ids[-1] != end_of_text:
         ids, counted = [*ids, end_of_text], [*counted, counted[-1]]
-    return Encoded(ids, counted, text_bytes(whole, encoded["offset_mapping"], len(ids)) if with_bytes else None)
+    return Encoded(ids, counted)
 
 
 def prepare_domain(

@@ -23,9 +23,10 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFa
 from transformers.utils import logging
 
 from upcycle.checkpoint import staging
-from upcycle.comparison import EvaluationOptions, evaluate_models
+from upcycle.comparison import evaluate_models
 from upcycle.data import parse_shares
 from upcycle.errors import OutputError, UpcycleError, did_you_mean
+from upcycle.evaluation_inputs import EvaluationOptions
 from upcycle.merge import merge
 from upcycle.numeric import Array
 from upcycle.plan import count_experts, plan_merge

@@ -3,16 +3,14 @@
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Any
 
 import numpy as np
 
-from upcycle.data import Encoded, encoded_batches, end_of_text_token, prepare_domain, read_array
+from upcycle.data import encoded_batches, end_of_text_token, prepare_domain, read_array
 from upcycle.documents import Document, find_files, read_documents
 from upcycle.errors import DataError
 from upcycle.numeric import Array
-
-HUB_WINDOWS: Final = 100  # of a Hub dataset, which has no end to wait for
 
 
 @dataclass(frozen=True)
@@ -94,9 +92,11 @@ def heldout_windows(
     return Heldout(name, np.asarray(rows[chosen], np.int64), counted)
 
 
-def _check_length(option: str, name: str, source: str, length: int, longest: int | None) -> None:
+def _check_length(
+    option: str, name: str, source: str, length: int, longest: int | None, owner: str = "the model"
+) -> None:
     if longest is not None and length > longest:
-        raise DataError(f"{option} {name}={source}: rows of {length} tokens, but the model has positions for {longest}")
+        raise DataError(f"{option} {name}={source}: rows of {length} tokens, but {owner} has positions for {longest}")
 
 
 def read_heldout(
@@ -109,17 +109,19 @@ def read_heldout(
     stride: int | None = None,
     count: int | None = None,
     longest: int | None = None,
+    owner: str = "the model",
 ) -> Heldout:
-    """All of a domain, or `count` of its windows, evenly spaced; documents follow one another, packed.
+    """All of a domain's files, or `count` of its windows, evenly spaced; documents follow one another, packed.
 
     Every token but a window's first is predicted once. With a `stride` windows overlap: each begins so many tokens
     after the one before, and only what is new in it counts, so that every token has at least `length - stride` before
     it.
 
     Args:
-        tokenizer: the model's, or None.
+        tokenizer: the model's; of `.npy` tokens it is not asked.
         config: the (dense) model's.
-        longest: positions that the model has.
+        longest: positions that the model has, or the one of several that has the fewest.
+        owner: that model, for messages.
 
     Raises:
         DataError: data that cannot be read, or nothing in it.
@@ -134,19 +136,16 @@ def read_heldout(
                 raise DataError(f"--data {name}={source}: its rows are windows already; --stride needs a flat array")
             if array.shape[1] < 2:
                 raise DataError(f"--data {name}={source}: rows of one token, so there is nothing to predict")
-            _check_length("--data", name, source, array.shape[1], longest)
+            _check_length("--data", name, source, array.shape[1], longest, owner)
             return Heldout(name, np.asarray(array[evenly_spaced(len(array), count)], np.int64))
-        run = _Run(np.asarray(array, np.int64))
+        run = _Run(array)
+    elif not files:
+        raise DataError(
+            f"--data {name}={source} is no file; download the held-out text of a Hub dataset, and give its files"
+        )
     else:
-        if tokenizer is None:
-            raise DataError(
-                f"--data {name}={source}: the model has no tokenizer to read text with; put its tokenizer files beside "
-                "the weights, or give .npy tokens"
-            )
-        count = count if files else count or HUB_WINDOWS
         documents = read_documents("--data", name, source, files, 0)
-        enough = None if files else int(count or 0) * length
-        run = _encode(documents, tokenizer, end_of_text_token(tokenizer, config), config["vocab_size"], enough)
+        run = _encode(documents, tokenizer, end_of_text_token(tokenizer, config), config["vocab_size"])
         if not run.tokens.size:
             raise DataError(f"--data {name}={source} holds no text")
     if run.tokens.size < 2:
@@ -164,23 +163,17 @@ class _Run:
     text_bytes: Array | None = None
 
 
-def _encode(
-    documents: Iterable[Document], tokenizer: Any, end_of_text: int, vocab_size: int, enough: int | None
-) -> _Run:
-    found: list[Encoded] = []
-    total = 0
-    for batch in encoded_batches(documents, tokenizer, end_of_text, vocab_size, with_bytes=True):
-        found += batch
-        total += sum(len(one.ids) for one in batch)
-        if enough is not None and total >= enough:
-            break
+def _encode(documents: Iterable[Document], tokenizer: Any, end_of_text: int, vocab_size: int) -> _Run:
+    batches = encoded_batches(documents, tokenizer, end_of_text, vocab_size, with_bytes=True)
+    found = [one for batch in batches for one in batch]
     if not found:
         return _Run(np.zeros(0, np.int64))
+    sizes = [one.text_bytes for one in found if one.text_bytes is not None]
     return _Run(
-        tokens=np.concatenate([np.array(one.ids, np.int64) for one in found]),
+        tokens=np.concatenate([np.array(one.ids, np.int32) for one in found]),
         counted=np.concatenate([np.array(one.counted or [True] * len(one.ids), np.bool_) for one in found]),
         documents=np.repeat(np.arange(len(found), dtype=np.int32), [len(one.ids) for one in found]),
-        text_bytes=np.concatenate([one.text_bytes for one in found if one.text_bytes is not None]),
+        text_bytes=np.concatenate(sizes) if len(sizes) == len(found) else None,
     )
 
 
@@ -200,6 +193,7 @@ def _cut(name: str, run: _Run, length: int, stride: int, count: int | None) -> H
         counted &= run.counted[places[:, 1:]]
     if not counted.any():
         raise DataError(f"--data {name}: none of the tokens chosen counts (an assistant's words); take more windows")
-    tokens = np.where(inside, run.tokens[places], run.tokens[0])  # what follows the end reaches nothing before it
+    # What follows the end, the last token over and over, reaches nothing before it.
+    tokens = run.tokens[places].astype(np.int64)
     owners, sizes = (None if part is None else part[places[:, 1:]] for part in (run.documents, run.text_bytes))
     return Heldout(name, tokens, counted, owners, sizes)

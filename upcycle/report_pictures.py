@@ -224,7 +224,7 @@ def similarity_pictures(routing: Routing, stem: str) -> Iterator[Picture]:
             {"mean over layers": np.nan_to_num(layers).mean(0), f"layer {most}, most alike": layers[most]},
             columns=names,
             rows=names,
-            low=min(0.0, float(np.nanmin(others))),
+            low=float(np.floor(np.nanmin(others) * 10) / 10),  # from 0 on, related experts would all look the same
             high=1.0,
             bar_label="cosine; 1: the same",
             mark=None,

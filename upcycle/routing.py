@@ -37,7 +37,7 @@ class RoutingTally:
             self._sum("attention_entropy", torch.stack([torch.special.entr(gate).sum() for gate in soft]))
 
     def _sum(self, name: str, value: torch.Tensor) -> None:
-        value = value.to("cpu", torch.float64)
+        value = value.cpu().double()
         self.sums[name] = self.sums[name] + value if name in self.sums else value
 
     def means(self, reduce: Callable[[torch.Tensor], torch.Tensor] = lambda sums: sums) -> dict[str, list[Any]]:

@@ -22,6 +22,7 @@ from upcycle.mixture import read_mixture
 from upcycle.numeric import Array
 from upcycle.run_folder import CHECKPOINTS, METRICS, RECORD, RunFolder
 from upcycle.scaling import DENSE, layout_cost
+from upcycle.verdict import short_names
 
 NAN: Final = math.nan
 _SCALARS: Final = ("tokens", "loss", "nll", "seconds", "tokens_per_second")
@@ -130,16 +131,9 @@ def read_sources(folders: Sequence[Path]) -> list[Source]:
 
 
 def name_apart(paths: Sequence[str]) -> list[str]:
-    """The shortest ends of paths that tell them apart; a path given twice keeps one name."""
-    parts = [[part for part in Path(path).absolute().parts if part != "/"] or ["/"] for path in paths]
-    names = []
-    for mine in parts:
-        others = [other for other in parts if other != mine]
-        length = 1
-        while length < len(mine) and any(other[-length:] == mine[-length:] for other in others):
-            length += 1
-        names.append(clean("/".join(mine[-length:])))
-    return names
+    """The names that the verdict uses, too; a path given twice keeps one."""
+    names = short_names(paths)
+    return [clean(names[path]) for path in paths]
 
 
 def clean(text: object) -> str:

@@ -256,12 +256,6 @@ def _file_hash(path: Path) -> str:
         raise SeedError(f"{path} cannot be read: {error.strerror}") from error
 
 
-def tokenizer_hash(folder: Path) -> str | None:
-    """SHA-256 of the file that says which id a token has, or None without one: the same, the same tokenizer."""
-    file = next((folder / name for name in VOCABULARIES if (folder / name).is_file()), None)
-    return _file_hash(file) if file else None
-
-
 def _token_ids(seed: Seed, file: str) -> dict[str, int]:
     try:
         table = read_json(seed.folder / file, MAX_TOKENIZER)
@@ -317,15 +311,16 @@ def relatedness(one: tuple[Seed, Mapping[str, bytes]], other: tuple[Seed, Mappin
 
 
 def find_ancestor(seeds: Sequence[Seed], samples: Sequence[Mapping[str, bytes]]) -> str | None:
-    """The name of the seed that the others were trained from, or None if none was (or two seeds alone, of which either
-    could be).
+    """The name of the seed that the others were trained from, or None if none was, or for fewer than four seeds.
+
+    Of three, the middle of a chain (base, instruct, instruct further) looks like the ancestor of two.
 
     Seen from the ancestor, the specialists lie in directions of their own; seen from a specialist, all others lie where
     the ancestor lies. So the largest cosine between the differences to a seed tells: about 0.06 against 0.7 for three
     specialists of 150 steps, and 0.5 for each where the ancestor is not among them. A seed that was hardly trained
     looks like the ancestor.
     """
-    if len(seeds) < 3:
+    if len(seeds) < 4:
         return None
     products = np.zeros((len(seeds), len(seeds)))
     for name, info in seeds[0].tensors.items():
@@ -333,14 +328,15 @@ def find_ancestor(seeds: Sequence[Seed], samples: Sequence[Mapping[str, bytes]])
             continue
         rows = [to_float32(part[name], seed.tensors[name].dtype) for seed, part in zip(seeds, samples, strict=True)]
         vectors = np.stack(rows).astype(np.float64)
-        products += vectors @ vectors.T
+        with np.errstate(all="ignore"):  # weights that are no numbers are refused where they are read
+            products += vectors @ vectors.T
     cosines = []
     for index in range(len(seeds)):
         others = [other for other in range(len(seeds)) if other != index]
         row = products[index, others]
         differences = products[np.ix_(others, others)] - row - row[:, None] + products[index, index]
-        lengths = np.sqrt(np.maximum(differences.diagonal(), 0))
         with np.errstate(all="ignore"):  # identical seeds differ by nothing
+            lengths = np.sqrt(np.maximum(differences.diagonal(), 0))
             angles = differences / lengths / lengths[:, None]
         cosines.append(float(angles[np.triu_indices(len(others), 1)].max()))
     lowest = int(np.argmin(np.nan_to_num(cosines, nan=1.0)))

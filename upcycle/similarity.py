@@ -6,15 +6,14 @@ weights begin near 1; what they answer to the same input says more.
 Axes: T tokens, L layers, N experts, D hidden.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Any, Final
 
 import torch
 from torch import nn
 
+from upcycle.expert_modules import attention_experts, ffn_experts, inputs_of
 from upcycle.modeling.modeling_bam import GatedOutput
-from upcycle.weights import decoder_layers
 
 MAX_TOKENS: Final = 256  # of a window, at which all experts are asked
 
@@ -32,33 +31,18 @@ def expert_similarity(model: Any, windows: Sequence[torch.Tensor]) -> dict[str, 
         as a mean over tokens. With attention experts `attention_weights`, of their output projections, and
         `attention_outputs`.
     """
-    modules = list(_mixed_modules(model))
+    places = {"ffn": ffn_experts(model), "attention": attention_experts(model)}
+    modules = [(kind, list(layers.values())) for kind, layers in places.items() if layers]
     found = {f"{kind}_weights": [_weight_cosines(expert).tolist() for expert in experts] for kind, experts in modules}
     sums: dict[str, list[torch.Tensor]] = {}
     for window in windows:
-        with _inputs_of([expert for _, experts in modules for expert in experts]) as seen:
+        with inputs_of([expert for _, experts in modules for expert in experts]) as seen:
             model(input_ids=window, use_cache=False)
         for kind, experts in modules:
-            cosines = [_output_cosines(expert, seen[expert]) for expert in experts]
+            cosines = [_output_cosines(expert, seen[expert][0]) for expert in experts]
             former = sums.get(f"{kind}_outputs")
             sums[f"{kind}_outputs"] = [a + b for a, b in zip(former, cosines, strict=True)] if former else cosines
     return found | {name: [(one / len(windows)).tolist() for one in layers] for name, layers in sums.items()}
-
-
-def _mixed_modules(model: Any) -> Iterator[tuple[str, list[Any]]]:
-    """The experts of each layer: stacks of FFNs, and wide output projections of attention experts."""
-    layers = decoder_layers(model)
-    stacks = [module for layer in layers for module in layer.modules() if _is_stack(module)]
-    gated = [module for layer in layers for module in layer.modules() if isinstance(module, GatedOutput)]
-    if stacks:
-        yield "ffn", stacks
-    if gated:
-        yield "attention", gated
-
-
-def _is_stack(module: nn.Module) -> bool:
-    down = getattr(module, "down_proj", None)
-    return isinstance(down, nn.Parameter) and down.dim() == 3
 
 
 def _weight_cosines(experts: Any) -> torch.Tensor:
@@ -82,25 +66,9 @@ def _projections(attention: Any) -> torch.Tensor:
     return parts
 
 
-@contextmanager
-def _inputs_of(modules: Sequence[Any]) -> Iterator[Mapping[Any, torch.Tensor]]:
-    """What each module is given in a forward within the block: `[T, …]`, the first tokens alone."""
-    seen: dict[Any, torch.Tensor] = {}
-
-    def keep(module: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-        given = args[0] if args else next(iter(kwargs.values()))
-        seen[module] = given.reshape(-1, given.shape[-1])[:MAX_TOKENS]
-
-    handles = [module.register_forward_pre_hook(keep, with_kwargs=True) for module in modules]
-    try:
-        yield seen
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
 def _output_cosines(experts: Any, given: torch.Tensor) -> torch.Tensor:
     """`[N, N]` in float64: the mean over tokens of the cosine between two experts' answers."""
+    given = given.reshape(-1, given.shape[-1])[:MAX_TOKENS]
     if isinstance(experts, GatedOutput):
         heads = given.view(len(given), experts.key_value_heads, experts.experts, -1).transpose(1, 2).flatten(2)
         answers = torch.einsum("tnh,ndh->ntd", heads, _projections(experts))
@@ -113,4 +81,4 @@ def _output_cosines(experts: Any, given: torch.Tensor) -> torch.Tensor:
     answers = nn.functional.normalize(answers.float(), dim=-1)
     some = answers.any(-1).float()  # padding may have no answer at all, which has no direction
     both = (some @ some.T).clamp(min=1)
-    return (torch.einsum("itd,jtd->ij", answers, answers) / both).double().cpu()
+    return (torch.einsum("itd,jtd->ij", answers, answers) / both).cpu().double()

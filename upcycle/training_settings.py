@@ -18,6 +18,7 @@ from upcycle.scaling import DENSE, layout_cost
 from upcycle.schedules import Choice, default_batch_size, default_learning_rate, warm_up_steps
 
 _POSITIONS: Final = ("max_position_embeddings", "n_positions", "n_ctx", "max_sequence_length", "max_seq_len")
+MAX_EXPERTS: Final = 2**16
 MAX_SEQUENCE: Final = 2048  # the default, where the model could take longer ones
 
 
@@ -155,7 +156,7 @@ def read_facts(folder: Path) -> ModelFacts:
         vocab_size = facts.dense["vocab_size"]
         sound = isinstance(vocab_size, int) and math.isfinite(facts.load_balance) and math.isfinite(facts.z)
         sound = sound and (facts.top_k is None or 1 <= facts.top_k <= facts.num_experts)
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
+    except (AttributeError, KeyError, OverflowError, TypeError, ValueError) as error:
         raise CheckpointError(f"{folder / CONFIG} or {PROVENANCE} holds a value of a wrong kind: {error!r}") from error
     if not sound:
         raise CheckpointError(
@@ -182,10 +183,11 @@ def _read_facts(folder: Path, config: Mapping[str, Any]) -> ModelFacts:
         )
     if config.get("num_experts_per_tok"):
         experts = next((config[key] for key in ("num_local_experts", "num_experts") if config.get(key)), 0)
-        if not experts:
+        if not 0 < experts <= MAX_EXPERTS:
             raise TrainingError(
                 f"{folder / CONFIG}: num_experts_per_tok is {config['num_experts_per_tok']}, but neither "
-                "num_local_experts nor num_experts says of how many; such a mixture cannot be trained here"
+                f"num_local_experts nor num_experts says of how many (1 to {MAX_EXPERTS}); such a mixture cannot be "
+                "trained here"
             )
         recorded = read_json(folder / PROVENANCE) if (folder / PROVENANCE).is_file() else {}
         loss = recorded.get("recipe", {}).get("loss", {})

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
@@ -10,7 +11,8 @@ from upcycle.numeric import Array
 from upcycle.relatives import Relatives
 from upcycle.resampling import FEW, probability_below
 
-CLEAR: Final = 0.95  # probability from which a difference is called one
+TIE: Final = 1e-5  # nats or bits: what batches and rounding may change
+CLEAR: Final = 0.975  # probability of its sign from which a difference is called one: its 95 % interval leaves out 0
 IDLE: Final = 0.1  # of its equal share of the tokens, below which an expert is called idle in a layer
 ALIKE: Final = 0.99  # cosine of two experts' answers, above which they are called alike
 
@@ -23,7 +25,7 @@ class Scores:
         unit: "nats per token", or "bits per byte" for models of different tokenizers.
         losses: `[domains, models]`.
         draws: by domain `[draws, models]`, or None where a single document allows none.
-        documents: by domain.
+        documents: by domain, long ones and short ones together worth so many of one length.
     """
 
     models: Sequence[str]
@@ -31,7 +33,7 @@ class Scores:
     unit: str
     losses: Array
     draws: Sequence[Array | None]
-    documents: Sequence[int]
+    documents: Sequence[float]
 
     def loss(self, model: str, domain: str | None = None) -> float:
         """In one domain, or the mean over all."""
@@ -52,7 +54,7 @@ class Scores:
             if draws is None:
                 return gap, None
             total = total + draws[:, mine] - draws[:, other]
-        return gap, probability_below(total)
+        return gap, probability_below(total / len(self.domains), TIE)
 
     def ahead_in(self, model: str, other: str, domain: str) -> tuple[float, float | None]:
         """The same in one domain."""
@@ -68,7 +70,7 @@ def verdict(scores: Scores, relatives: Mapping[str, Relatives], routing: Mapping
 
     Args:
         relatives: of every mixture.
-        routing: of every mixture: its `experts`, `top_k`, `domains` and `similarity`, as `evaluate_models` gives them.
+        routing: of every mixture, as `evaluate_models` gives it; None where the model does not tell.
     """
     names = short_names(scores.models)
     sentences = []
@@ -79,20 +81,31 @@ def verdict(scores: Scores, relatives: Mapping[str, Relatives], routing: Mapping
         sentences += writer.against_all()
         if rank == 0:
             sentences += writer.against_specialists()
-        sentences += writer.against_ancestor()
+        sentences += writer.against_ancestor(with_oracle=rank == 0)
         if rank == 0:
             sentences += writer.against("the plain average of its seeds", family.average)
-        if mixture in routing:
+        if routing.get(mixture):
             sentences += _routing_sentences(names[mixture], routing[mixture])
+        elif mixture in routing:
+            sentences.append(
+                f"What the routers of {names[mixture]} do is not shown: the model does not tell whom they select."
+            )
     if not relatives:
         sentences += _best_of(scores, names)
     return sentences + _limits(scores)
 
 
 def short_names(models: Sequence[str]) -> dict[str, str]:
-    """What tables and sentences call each model: the last part of its path, or all of it where two would be alike."""
-    ends = {model: model.rstrip("/").rpartition("/")[2] or model for model in models}
-    return {model: end if list(ends.values()).count(end) == 1 else model for model, end in ends.items()}
+    """What tables and sentences call each model: the shortest ends of paths that tell them apart."""
+    parts = {model: [part for part in Path(model).absolute().parts if part != "/"] or ["/"] for model in models}
+    names = {}
+    for model, mine in parts.items():
+        others = [other for other in parts.values() if other != mine]
+        length = 1
+        while length < len(mine) and any(other[-length:] == mine[-length:] for other in others):
+            length += 1
+        names[model] = "/".join(mine[-length:])
+    return names
 
 
 class _Writer:
@@ -109,19 +122,22 @@ class _Writer:
         if not others:
             return [f"{self.name} was measured alone: {scores.loss(self.mixture):.3f} {scores.unit} in the mean.{hint}"]
         gap, probability = scores.ahead(self.mixture, [others[0]] * len(scores.domains))
-        rank = "the best of all that were measured" if gap > 0 else f"not the best: {self.names[others[0]]} is better"
-        second = f"; next is {self.names[others[0]]}" if gap > 0 else ""
+        rank = f"the best of all that were measured; next is {self.names[others[0]]}"
+        if gap < TIE:
+            level = gap > -TIE or (probability is not None and probability > 1 - CLEAR)
+            rank = f"{'about as good as' if level else 'not the best:'} {self.names[others[0]]}"
+            rank += "" if level else " is better"
         wins = sum(
-            scores.loss(self.mixture, domain) < min(scores.loss(other, domain) for other in others)
+            scores.loss(self.mixture, domain) < min(scores.loss(other, domain) for other in others) - TIE
             for domain in scores.domains
         )
         figures = self._figures(gap, probability, scores.loss(self.mixture), scores.loss(others[0]))
-        first = f"In the mean of the domains {self.name} is {rank}{second} ({figures})."
+        first = f"In the mean of the domains {self.name} is {rank} ({figures})."
         return [f"{first} It is the best in {wins} of {_count(len(scores.domains), 'domain')}.{hint}"]
 
     def against_specialists(self) -> list[str]:
         """The oracle: in each domain whichever of the mixture's seeds is best there."""
-        scores, seeds = self.scores, [model for model in self.family.seeds.values() if model]
+        scores, seeds = self.scores, self._candidates()
         if not seeds or seeds == [self.family.ancestor]:
             return []
         best = [min(seeds, key=lambda seed: scores.loss(seed, domain)) for domain in scores.domains]
@@ -130,27 +146,43 @@ class _Writer:
         parts = []
         for seed, domain in zip(best, scores.domains, strict=True):
             distance, sure = scores.ahead_in(self.mixture, seed, domain)
-            parts.append(f"{domain} {_gap(distance)} {self.names[seed]}{_unclear(sure)}")
+            unclear = "" if abs(distance) < TIE else _unclear(sure)
+            parts.append(f"{domain} {_gap(distance)} {self.names[seed]}{unclear}")
         figures = self._figures(gap, probability, scores.loss(self.mixture), oracle)
-        return [f"Against the best of its seeds in each domain, the oracle: {figures}. By domain: {'; '.join(parts)}."]
+        some = "" if all(self.family.seeds.values()) else f" (of those measured: {self._listed_seeds(seeds)})"
+        return [
+            f"Against the best of its seeds in each domain, the oracle{some}: {figures}. By domain: {'; '.join(parts)}."
+        ]
 
-    def against_ancestor(self) -> list[str]:
-        """The seed that all began with, and how much of the way from it to the oracle the mixture goes."""
-        ancestor = self.family.ancestor
+    def against_ancestor(self, with_oracle: bool) -> list[str]:
+        """The seed that all began with; and how much of the way from it to the oracle the mixture goes."""
+        ancestor, scores = self.family.ancestor, self.scores
+        if ancestor is None:
+            return []
         sentences = self.against("the seed that its specialists were trained from", ancestor)
-        seeds = [model for model in self.family.seeds.values() if model]
-        if not ancestor or len(seeds) < 2:
-            return sentences
-        scores = self.scores
-        oracle = float(np.mean([min(scores.loss(seed, domain) for seed in seeds) for domain in scores.domains]))
-        way = scores.loss(ancestor) - oracle
-        if way > 0:
-            share = (scores.loss(ancestor) - scores.loss(self.mixture)) / way
-            if share < 0:
-                sentences.append(f"So far {self.name} is worse than what it began with: train it before you use it.")
-            else:
-                sentences.append(f"That is {share:.0%} of the way from that seed to the oracle.")
+        if self.family.recorded_ancestor:
+            sentences.append(
+                f"That seed was named by --base; {self.name}'s own record names {self.family.recorded_ancestor}."
+            )
+        everywhere = [ancestor] * len(scores.domains)
+        gap, probability = scores.ahead(self.mixture, everywhere)
+        if gap < 0 and (probability is None or probability <= 1 - CLEAR):
+            sentences.append(f"So far {self.name} is worse than what it began with: train it before you use it.")
+        candidates = self._candidates()
+        if with_oracle and gap >= 0 and candidates:
+            best = [min(candidates, key=lambda seed: scores.loss(seed, domain)) for domain in scores.domains]
+            way, probability = scores.ahead(ancestor, best)
+            if probability is not None and probability <= 1 - CLEAR:
+                sentences.append(f"That is {gap / -way:.0%} of the way from that seed to the oracle.")
         return sentences
+
+    def _candidates(self) -> list[str]:
+        """For the oracle: the seeds that were measured, and what they came from."""
+        found = [model for model in self.family.seeds.values() if model]
+        return list(dict.fromkeys([*found, *([self.family.ancestor] if found and self.family.ancestor else [])]))
+
+    def _listed_seeds(self, seeds: Sequence[str]) -> str:
+        return _listed([self.names[seed] for seed in dict.fromkeys(seeds)])
 
     def against(self, what: str, other: str | None) -> list[str]:
         """The mixture against one other model."""
@@ -158,19 +190,21 @@ class _Writer:
             return []
         scores = self.scores
         gap, probability = scores.ahead(self.mixture, [other] * len(scores.domains))
-        better = sum(scores.loss(self.mixture, domain) < scores.loss(other, domain) for domain in scores.domains)
+        better = sum(scores.loss(self.mixture, domain) < scores.loss(other, domain) - TIE for domain in scores.domains)
         figures = self._figures(gap, probability, scores.loss(self.mixture), scores.loss(other))
         domains = _count(len(scores.domains), "domain")
         return [f"Against {what} ({self.names[other]}): {figures}; better in {better} of {domains}."]
 
     def _figures(self, gap: float, probability: float | None, mine: float, other: float) -> str:
+        if abs(gap) < TIE:
+            return f"level, {mine:.3f} {self.scores.unit} both"
         side = "ahead" if gap > 0 else "behind"
         sure = "" if probability is None else f", {_sure(probability)}"
         return f"{abs(gap):.3f} {self.scores.unit} {side}, {mine:.3f} against {other:.3f}{sure}"
 
 
 def _gap(gap: float) -> str:
-    return f"{abs(gap):.3f} {'ahead of' if gap > 0 else 'behind'}"
+    return "level with" if abs(gap) < TIE else f"{abs(gap):.3f} {'ahead of' if gap > 0 else 'behind'}"
 
 
 def _sure(probability: float) -> str:
@@ -195,6 +229,8 @@ def _best_of(scores: Scores, names: Mapping[str, str]) -> list[str]:
     gap, probability = scores.ahead(best, [second] * len(scores.domains))
     sure = "" if probability is None else f", {_sure(probability)}"
     figures = f"{gap:.3f} {scores.unit} ahead of {names[second]}{sure}"
+    if gap < TIE:
+        figures = f"level with {names[second]}"
     parts = []
     for domain in scores.domains:
         winner = min(scores.models, key=lambda model: scores.loss(model, domain))
@@ -203,7 +239,7 @@ def _best_of(scores: Scores, names: Mapping[str, str]) -> list[str]:
 
 
 def _routing_sentences(name: str, routing: Mapping[str, Any]) -> list[str]:
-    experts, domains = routing["experts"], routing["domains"]
+    experts, domains, layers = routing["experts"], routing["domains"], routing["layers"]
     sentences = []
     own = {domain: float(np.mean(found["own_share"])) for domain, found in domains.items() if found["own_share"]}
     if own:
@@ -211,31 +247,33 @@ def _routing_sentences(name: str, routing: Mapping[str, Any]) -> list[str]:
         chance = routing["top_k"] / len(experts)
         sentences.append(f"{name} routes a token to the expert of its text's domain: {shares} (chance: {chance:.0%}).")
     load = np.mean([found["load"] for found in domains.values()], axis=0)
-    idle = [(experts[expert], layer) for layer, expert in np.argwhere(load < IDLE / len(experts)) if len(experts) > 1]
+    idle = [(experts[expert], layers[layer]) for layer, expert in np.argwhere(load < IDLE / len(experts))]
     if idle:
         listed = ", ".join(f"{expert} in layer {layer}" for expert, layer in idle[:3])
         more = f" and {len(idle) - 3} more" if len(idle) > 3 else ""
         sentences.append(f"Idle experts of {name}, with under a tenth of an equal share of the tokens: {listed}{more}.")
-    for kind, what in (("ffn_outputs", "FFN"), ("attention_outputs", "attention")):
+    for kind, what in (("ffn_outputs", "FFN"), ("attention_outputs", "Attention")):
         cosines = np.array(routing["similarity"].get(kind, []))
         if cosines.size and len(experts) > 1:
             above = np.argwhere(np.triu(cosines, 1) > ALIKE)
             for layer, one, other in above[:1]:
-                more = f" (and {len(above) - 1} more pairs)" if len(above) > 1 else ""
+                more = f" (one pair of {len(above)})" if len(above) > 1 else ""
                 sentences.append(
                     f"{what} experts of {name} answer almost alike: {experts[one]} and {experts[other]} in layer "
-                    f"{layer}, cosine {cosines[layer, one, other]:.3f}{more}."
+                    f"{layers[layer]}, cosine {cosines[layer, one, other]:.3f}{more}."
                 )
     return sentences
 
 
 def _limits(scores: Scores) -> list[str]:
     sentences = []
-    few = [
-        f"{domain} ({number})" for domain, number in zip(scores.domains, scores.documents, strict=True) if number < FEW
-    ]
+    pairs = zip(scores.domains, scores.documents, strict=True)
+    few = [f"{domain} ({number:.0f})" for domain, number in pairs if number < FEW]
     if few:
-        sentences.append(f"Few documents: {', '.join(few)}; take their intervals and probabilities as rough.")
+        sentences.append(
+            f"Few documents, counted as if of one length: {', '.join(few)}; take their intervals and probabilities as "
+            "rough."
+        )
     if scores.unit == "bits per byte":
         sentences.append(
             "The models have different tokenizers, so they are compared by bits per byte only; their losses and "

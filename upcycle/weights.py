@@ -37,7 +37,9 @@ def load_model(folder: Path, dtype: torch.dtype = torch.float32) -> Any:
     """
     classes = _auto_class(folder)
     try:
-        model, info = classes.from_pretrained(folder, dtype=dtype, trust_remote_code=False, output_loading_info=True)
+        model, info = classes.from_pretrained(
+            folder, dtype=dtype, trust_remote_code=False, output_loading_info=True, ignore_mismatched_sizes=True
+        )
     except Exception as error:  # transformers raises whatever it meets in a damaged file
         raise CheckpointError(f"{folder} cannot be loaded: {error}") from error
     for kind, what in (("missing_keys", "lacks"), ("unexpected_keys", "holds, but no model of its config has")):
@@ -46,10 +48,34 @@ def load_model(folder: Path, dtype: torch.dtype = torch.float32) -> Any:
                 f"{folder} {what} {len(info[kind])} tensors, among them '{min(info[kind])}'; its config.json belongs "
                 "to another checkpoint, or it is damaged"
             )
+    for name, found, expected in sorted(info["mismatched_keys"])[:1]:
+        raise CheckpointError(
+            f"{folder}: tensor '{name}' has shape {list(found)}, expected {list(expected)} by its config.json; the two "
+            "do not belong together"
+        )
     return model
 
 
+def check_plain(folder: Path) -> None:
+    """Refuse a folder from which transformers would load other weights than the ones that are checked.
+
+    Raises:
+        CheckpointError: an adapter lies there, or the config names another file.
+    """
+    if (folder / "adapter_config.json").is_file():
+        raise CheckpointError(
+            f"{folder} holds an adapter (adapter_config.json), which would be added to the weights; merge it into them "
+            "(merge_and_unload) and save the model without it"
+        )
+    if "transformers_weights" in read_json(folder / CONFIG):
+        raise CheckpointError(
+            f"{folder / CONFIG} names a weight file of its own (transformers_weights); save the model anew with "
+            "save_pretrained"
+        )
+
+
 def _auto_class(folder: Path) -> Any:
+    check_plain(folder)
     if read_json(folder / CONFIG).get("model_type") == "bam":
         read_mixture(folder)  # says what is wrong with it, in which tensor
     from transformers import AutoModelForCausalLM
