@@ -17,6 +17,9 @@ def report(
     data: Data = None,
     base: Base = None,
     windows: Windows = None,
+    evaluation: Annotated[
+        Path | None, typer.Option(help="What `upcycle eval --json` printed, instead of --data: nothing is measured.")
+    ] = None,
     out: Annotated[Path, typer.Option(help="The page; its pictures also go beside it, as PNGs.")] = Path("report.html"),
     yes: Annotated[bool, typer.Option("--yes", help="Overwrite a former report.")] = False,
     as_json: Json = False,
@@ -27,11 +30,13 @@ def report(
 
     Example: upcycle report trained code law --data code=held.jsonl law=law.jsonl --out report.html
     """
-    from upcycle.report import check_output, write_report
+    from upcycle.report import check_output, read_evaluation, write_report
 
     check_output(out, yes)
-    evaluation = _evaluate(paths, data, base, windows) if data else None
-    written = write_report(paths, out, evaluation, yes)
+    if evaluation and data:
+        raise typer.BadParameter("--evaluation and --data exclude one another")
+    measured = read_evaluation(evaluation) if evaluation else _evaluate(paths, data, base, windows) if data else None
+    written = write_report(paths, out, measured, yes)
     if as_json:
         output.data_object(
             {"out": str(written.out), "bytes": written.bytes, "pictures": [str(path) for path in written.pictures]}

@@ -1,5 +1,6 @@
 """Models measured and compared: figures against transformers' own, who is whose seed, what is refused."""
 
+import html
 import json
 import math
 import shutil
@@ -10,12 +11,13 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, MixtralForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, MixtralForCausalLM
 
 from tests.conftest import branch, run_cli, write_tokenizer
 from tests.tiny import BY_NAME, VOCAB, edit_json, make_seed, mixtral_config
 from upcycle.comparison import evaluate_models
 from upcycle.errors import CheckpointError, DataError, UpcycleError
+from upcycle.evaluate import token_losses
 from upcycle.evaluation_inputs import EvaluationOptions
 from upcycle.merge import merge
 from upcycle.plan import plan_merge
@@ -198,7 +200,16 @@ def test_models_of_different_tokenizers_are_compared_by_bytes(
         edit_json(folder / "tokenizer_config.json", eos_token="word2")
     result = evaluate(one, other, data=text)
     assert result["measure"] == "bits_per_byte"
-    assert "different tokenizers" in result["verdict"][-1]
+    assert "different tokenizers" in "\n".join(result["verdict"])
+    bits = [
+        np.mean([found["bits_per_byte"] for found in entry["domains"].values()]) for entry in result["models"].values()
+    ]
+    assert f"({abs(bits[0] - bits[1]):.3f} bits per byte ahead" in result["verdict"][0]
+    for entry in result["models"].values():
+        for found in entry["domains"].values():
+            assert found["bits_per_byte_ci95"][0] < found["bits_per_byte"] < found["bits_per_byte_ci95"][1]
+    with pytest.raises(DataError, match="leave out --windows, which chooses other text for each"):
+        evaluate(one, other, data=text, windows=3)
     with pytest.raises(DataError, match=r"holds tokens of one tokenizer, but .*one and .*other have different ones"):
         evaluate(one, other, data=rows)
     again = shutil.copytree(one, tmp_path / "again")  # the same tokenizer, written otherwise
@@ -225,6 +236,89 @@ def test_what_cannot_be_measured_is_refused(base_seed: Path, rows: dict[str, str
         evaluate(broken, data=rows)
 
 
+def test_other_weights_than_those_checked_are_refused(base_seed: Path, rows: dict[str, str], tmp_path: Path) -> None:
+    adapter, elsewhere, wrong = (shutil.copytree(base_seed, tmp_path / name) for name in ("adapter", "where", "wrong"))
+    (adapter / "adapter_config.json").write_text("{}")
+    edit_json(elsewhere / "config.json", transformers_weights="other.safetensors")
+    edit_json(wrong / "config.json", intermediate_size=40)
+    for folder, message in (
+        (adapter, "adapter holds an adapter"),
+        (elsewhere, "names a weight file of its own"),
+        (wrong, r"tensor '.*' has shape \[.*48.*\], expected \[.*40.*\] by its config.json"),
+    ):
+        with pytest.raises(CheckpointError, match=message):
+            evaluate(folder, data=rows)
+
+
+def test_a_base_is_what_it_can_be(base_seed: Path, seeds: list[Path], rows: dict[str, str], tmp_path: Path) -> None:
+    sources = [base_seed, *seeds]
+    mixture = make("btx", sources, tmp_path / "mix")
+    with pytest.raises(DataError, match="is a mixture; expected the dense model that the seeds were trained from"):
+        evaluate(base_seed, data=rows, base=str(mixture))
+    text = "\n".join(evaluate(mixture, base_seed, data=rows, windows=5, base=str(seeds[0]))["verdict"])
+    assert "That seed was named by --base; mix's own record names base." in text
+    twice = evaluate(mixture, f"{mixture}/../mix", base_seed, data=rows, windows=2, base=f"{base_seed}/")
+    assert list(twice["models"]) == [str(mixture), str(base_seed)]
+
+
+def test_an_average_is_the_plain_one_of_the_same_seeds(
+    base_seed: Path, seeds: list[Path], rows: dict[str, str], tmp_path: Path
+) -> None:
+    mixture = make("btx", seeds, tmp_path / "mix")
+    other = make("average", [base_seed, *seeds], tmp_path / "other")
+    trained = make("average", seeds, tmp_path / "trained")
+    (trained / "train.json").write_text("{}")
+    roles = evaluate(mixture, other, trained, data=rows, windows=2)["models"]
+    assert [entry["role"] for entry in roles.values()] == ["mixture", "dense", "dense"]
+
+
+def test_batches_hold_as_many_tokens_as_asked(
+    base_seed: Path, rows: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sizes = []
+
+    def watched(model: Any, heldout: Any, batch_size: int, *others: Any) -> Any:
+        sizes.append(batch_size)
+        return token_losses(model, heldout, batch_size, *others)
+
+    monkeypatch.setattr("upcycle.measurement.token_losses", watched)
+    for batch_tokens in (1, 24 * 7, None):
+        evaluate(base_seed, data={"code": rows["code"]}, batch_tokens=batch_tokens)
+    assert sizes == [1, 7, 4096 // 24]
+
+
+def test_routers_that_do_not_tell_are_not_shown(rows: dict[str, str], tmp_path: Path) -> None:
+    """DeepSeek's select within groups, and with a bias."""
+    sizes = mixtral_config().to_dict()
+    config = AutoConfig.for_model(
+        "deepseek_v3",
+        **{key: sizes[key] for key in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers")},
+        moe_intermediate_size=16,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        n_routed_experts=4,
+        num_experts_per_tok=2,
+        n_group=2,
+        topk_group=1,
+        first_k_dense_replace=1,
+        q_lora_rank=8,
+        kv_lora_rank=8,
+        qk_rope_head_dim=8,
+        qk_nope_head_dim=8,
+        v_head_dim=8,
+    )
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "deep")
+    result = evaluate(tmp_path / "deep", data=rows)
+    entry = result["models"][str(tmp_path / "deep")]
+    assert entry["role"] == "mixture"
+    assert "routing" not in entry
+    assert entry["domains"]["code"]["loss"] == pytest.approx(
+        plain_loss(tmp_path / "deep", np.load(rows["code"])), abs=1e-6
+    )
+    assert "What the routers of deep do is not shown" in "\n".join(result["verdict"])
+
+
 def test_bf16_is_close_to_fp32(base_seed: Path, rows: dict[str, str]) -> None:
     losses = [
         evaluate(base_seed, data=rows, precision=precision)["models"][str(base_seed)]["mean_loss"]
@@ -249,6 +343,36 @@ def test_the_command_prints_tables_a_verdict_and_json(seeds: list[Path], rows: d
     found = json.loads(as_json.stdout)
     assert set(found) == {"models", "measure", "verdict"}
     assert set(found["models"][str(mixture)]["domains"]) == {"code", "docs"}
+
+
+def test_a_report_is_made_of_what_the_command_printed(seeds: list[Path], rows: dict[str, str], tmp_path: Path) -> None:
+    mixture = make("bam", seeds, tmp_path / "mix")
+    data = [f"{name}={path}" for name, path in rows.items()]
+    printed = run_cli("eval", mixture, *seeds, "--data", *data, "--json").stdout
+    (tmp_path / "eval.json").write_text(printed)
+    done = run_cli("report", mixture, "--evaluation", tmp_path / "eval.json", "--out", tmp_path / "read.html")
+    assert done.returncode == 0, done.stderr
+    measured = run_cli("report", mixture, *seeds, "--data", *data, "--out", tmp_path / "measured.html")
+    assert measured.returncode == 0, measured.stderr
+    first = json.loads(printed)["verdict"][0]
+    for page in ("read.html", "measured.html"):
+        assert first in html.unescape((tmp_path / page).read_text())
+    (tmp_path / "other.json").write_text('{"models": {"a": 1}}')
+    refused = run_cli("report", mixture, "--evaluation", tmp_path / "other.json", "--out", tmp_path / "no.html")
+    assert (refused.returncode, "is no evaluation" in refused.stderr) == (1, True)
+    assert not (tmp_path / "no.html").exists()
+
+
+def test_names_neither_steer_the_terminal_nor_are_taken_for_markup(
+    base_seed: Path, seeds: list[Path], rows: dict[str, str], tmp_path: Path
+) -> None:
+    mixture = make("bam", seeds, tmp_path / "\x1b[31mred[bold]a")
+    edit_json(mixture / "config.json", expert_names=["[/]", "[red]b", "\x1b[0mc"])
+    done = run_cli("eval", mixture, base_seed, "--data", f"code={rows['code']}")
+    assert done.returncode == 0, done.stderr
+    assert "\x1b" not in done.stdout
+    for name in ("[31mred[bold]a", "[/]", "[red]b"):
+        assert name in done.stdout
 
 
 @pytest.mark.parametrize(

@@ -64,6 +64,12 @@ def test_a_flat_run_is_cut_without_overlap(tmp_path: Path) -> None:
         windows(tmp_path / "a.npy", tmp_path, length=36)
 
 
+def test_windows_of_a_run_are_spaced_over_all_of_it(tmp_path: Path) -> None:
+    np.save(tmp_path / "a.npy", np.arange(101))
+    part = read(tmp_path / "a.npy", length=10, count=3)
+    assert part.tokens[:, 0].tolist() == [0, 40, 90]
+
+
 @pytest.mark.parametrize("size", range(2, 30))
 @pytest.mark.parametrize("stride", [None, 1, 3, 7])
 def test_every_token_is_predicted_once_with_the_context_promised(size: int, stride: int | None, tmp_path: Path) -> None:

@@ -25,6 +25,27 @@ def test_intervals_hold_about_as_often_as_they_say(count: int, low: float) -> No
     assert low < held / 300 < 0.985
 
 
+@pytest.mark.parametrize(("count", "low"), [(40, 0.86), (200, 0.91)])
+def test_intervals_hold_less_often_where_long_documents_are_easier(count: int, low: float) -> None:
+    """As in real text: lengths that differ by half an order of magnitude, and losses that fall with them."""
+
+    def some(random_seed: int, size: int) -> tuple[np.ndarray, np.ndarray]:
+        random = np.random.default_rng(random_seed)
+        length = random.normal(0, 1, (size, 1))
+        tokens = 500 * np.exp(0.8 * length)
+        return (3 + 0.5 * (-0.4 * length + 0.92 * random.normal(0, 1, (size, 1)))) * tokens, tokens
+
+    sums, tokens = some(1, 400_000)
+    truth = sums.sum() / tokens.sum()
+    held = 0
+    for trial in range(300):
+        draws = draw_losses(*some(trial + 10, count), trial)
+        assert draws is not None
+        begin, end = interval(draws[:, 0])
+        held += begin < truth < end
+    assert low < held / 300 < 0.985
+
+
 def test_probabilities_are_uniform_where_nothing_differs() -> None:
     found = []
     for trial in range(300):
@@ -55,6 +76,16 @@ def test_many_documents_are_grouped_without_losing_their_spread() -> None:
     single = np.std(sums / tokens) / np.sqrt(len(sums) * 0.78)  # unequal documents count for fewer: e^(-0.25)
     assert draws.std() == pytest.approx(single, rel=0.15)
     assert draws.mean() == pytest.approx(sums.sum() / tokens.sum(), abs=single / 10)
+
+
+def test_domains_do_not_swing_together() -> None:
+    """The mean of two domains is as sure as two independent ones make it, with the documents in whatever order."""
+    ratios = []
+    for trial in range(40):
+        both = [draw_losses(*documents(2 * trial + domain, 30), domain) for domain in (0, 1)]
+        one, other = (draws[:, 0] for draws in both if draws is not None)
+        ratios.append((one + other).std() / np.hypot(one.std(), other.std()))
+    assert max(abs(np.array(ratios) - 1)) < 0.05
 
 
 def test_one_document_allows_no_interval_and_the_same_call_gives_the_same() -> None:

@@ -19,8 +19,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 pytest.importorskip("lm_eval")
 
-from tests.conftest import merge_and_load, write_tokenizer
-from tests.tiny import BY_NAME, make_seed, make_seeds, mixtral_config
+from tests.conftest import merge_and_load, run_cli, write_tokenizer
+from tests.tiny import BY_NAME, edit_json, make_seed, make_seeds, mixtral_config
 from upcycle.errors import DataError, UpcycleError
 from upcycle.tasks import check_tasks, run_tasks
 from upcycle.weights import load_model
@@ -348,3 +348,20 @@ def test_importing_is_cheap() -> None:
         "import sys, upcycle.tasks; raise SystemExit(bool({'lm_eval', 'torch', 'tqdm', 'numpy'} & set(sys.modules)))"
     )
     assert subprocess.run([sys.executable, "-c", script], check=False).returncode == 0
+
+
+def test_the_command_shows_tasks(tmp_path: Path) -> None:
+    """From the command's words to a row of its table, and to the same figure in JSON."""
+    model = make_seed(CASE, tmp_path / "model", 0)
+    write_tokenizer(model)
+    edit_json(model / "tokenizer_config.json", bos_token=f"word{BOS}", eos_token=f"word{EOS}")
+    task, _ = choice_task(tmp_path / "tasks")
+    expected = run_tasks(load_model(model), AutoTokenizer.from_pretrained(model), [task], limit=5)["choice"]
+    shown = run_cli("eval", model, "--tasks", task, "--task-limit", 5, HF_HOME=str(tmp_path / "home"))
+    assert shown.returncode == 0, shown.stderr
+    assert f"choice acc {expected['acc']:.4f} ±" in " ".join(shown.stdout.split())
+    found = run_cli("eval", model, "--tasks", task, "--task-limit", 5, "--json", HF_HOME=str(tmp_path / "home"))
+    assert json.loads(found.stdout)["models"][str(model)]["tasks"]["choice"] == expected
+    write_tokenizer(model)
+    refused = run_cli("eval", model, "--tasks", task)
+    assert (refused.returncode, "has no eos_token" in refused.stderr) == (1, True)

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from upcycle.evaluation_inputs import EvaluationOptions, read_models, read_windows
+from upcycle.evaluation_inputs import EvaluationOptions, check_tokenizers, read_models, read_windows
 from upcycle.measurement import DIGITS, DocumentSums, Measurement, find_device
 from upcycle.numeric import Array
 from upcycle.relatives import Relatives, find_relatives
@@ -26,7 +26,8 @@ def evaluate_models(options: EvaluationOptions, progress: Progress = lambda *_: 
     """Measure every model on every domain, and say what follows.
 
     Args:
-        progress: called with the model, what is measured on it, and how many windows (of how many) are done in all.
+        progress: called with the model, the domain, and how many windows (of how many) are done in all; for tasks with
+            "tasks" and the model's requests.
 
     Returns:
         Plain data: `models`, path → `domains` (each with `loss` in nats per token, its `ci95` over documents,
@@ -42,6 +43,7 @@ def evaluate_models(options: EvaluationOptions, progress: Progress = lambda *_: 
     models = list(facts)
     if options.tasks:
         check_tasks(options.tasks)
+        check_tokenizers(models)
     device = find_device(options.device)
     heldout, comparable = read_windows(options, facts)
     relatives = find_relatives(models, [model for model in models if facts[model].kind != "dense"], base)
@@ -53,11 +55,14 @@ def evaluate_models(options: EvaluationOptions, progress: Progress = lambda *_: 
         done += count
         progress(model, domain, done, total)
 
+    def tasks_done(model: str, count: int, requests: int) -> None:
+        progress(model, "tasks", count, requests)
+
     results, sums = {}, {}
     for model in models:
         began = time.perf_counter()
         measurement = Measurement(model, facts[model], options, device)
-        results[model], sums[model] = measurement.run(heldout[model], windows_done)
+        results[model], sums[model] = measurement.run(heldout[model], windows_done, tasks_done)
         results[model]["seconds"] = round(time.perf_counter() - began, 3)
         results[model]["role"] = _role(model, relatives)
     return _compared(models, list(options.data), results, sums, relatives, comparable)

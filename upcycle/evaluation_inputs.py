@@ -1,7 +1,7 @@
 """What an evaluation is asked for: which models, and which windows each of them is measured on."""
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
@@ -82,6 +82,19 @@ def _read_model(folder: Path) -> ModelFacts:
         return read_facts(folder)
     except TrainingError:  # a mixture whose routers cannot be trained here; its loss can be measured
         return ModelFacts(kind="native", config=read_json(folder / CONFIG))
+
+
+def check_tokenizers(models: Iterable[str]) -> None:
+    """Refuse models that cannot read a text.
+
+    Raises:
+        DataError: which one has no tokenizer, or one without an end of text.
+    """
+    for model in models:
+        tokenizer = load_tokenizer(Path(model))
+        if tokenizer is None or tokenizer.eos_token_id is None:
+            what = "no tokenizer to read text with, or a damaged one" if tokenizer is None else "no eos_token"
+            raise DataError(f"{model} has {what}; put its tokenizer files beside the weights")
 
 
 def read_windows(

@@ -64,7 +64,10 @@ class Measurement:
         self._guarded(self.model.to, device)
 
     def run(
-        self, heldout: Mapping[str, Heldout], windows_done: Callable[[str, str, int], None]
+        self,
+        heldout: Mapping[str, Heldout],
+        windows_done: Callable[[str, str, int], None],
+        tasks_done: Callable[[str, int, int], None],
     ) -> tuple[dict[str, Any], dict[str, DocumentSums]]:
         """The model's entry of the result (`routing` None where the model does not tell it), and sums by domain."""
         windows = [torch.from_numpy(part.tokens[:1, :MAX_TOKENS]).to(self.device) for part in heldout.values()]
@@ -90,8 +93,13 @@ class Measurement:
         if self.facts.kind != "dense" and heldout:
             result["routing"] = self._routing(routing, windows) if routing else None
         if self.options.tasks:
-            tokenizer = load_tokenizer(Path(self.name))
-            result["tasks"] = run_tasks(self.model, tokenizer, self.options.tasks, limit=self.options.task_limit)
+            result["tasks"] = run_tasks(
+                self.model,
+                load_tokenizer(Path(self.name)),
+                self.options.tasks,
+                limit=self.options.task_limit,
+                progress=partial(tasks_done, self.name),
+            )
         self.model.to("meta")  # lets the memory go at once, whoever still holds the model
         return result, sums
 

@@ -14,7 +14,8 @@ from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-from upcycle.errors import OutputError
+from upcycle.checkpoint import read_json
+from upcycle.errors import DataError, OutputError
 from upcycle.report_tables import (
     Model,
     Settings,
@@ -44,6 +45,7 @@ if TYPE_CHECKING:
 
 TEMPLATE: Final = "report.html.j2"
 _MARKER: Final = re.compile(rb'<meta name="generator" content="upcycle [^"<>]{1,40}">')
+MAX_EVALUATION: Final = 200_000_000  # bytes of JSON
 _MARKED: Final = 2000  # bytes of a page's beginning, within which the marker stands
 _PNG: Final = re.compile(rb"\x89PNG\r\n\x1a\n.{0,200}tEXtSoftware\x00upcycle ", re.S)
 
@@ -117,6 +119,20 @@ def write_report(
     except OSError as error:
         raise OutputError(f"{out} cannot be written: {error.strerror or error}; choose another --out") from error
     return Report(out, [folder / name for name in files], len(text.encode()))
+
+
+def read_evaluation(file: Path) -> dict[str, Any]:
+    """What `upcycle eval --json` printed into a file.
+
+    Raises:
+        CheckpointError: it cannot be read; DataError: it holds something else.
+    """
+    found = read_json(file, MAX_EVALUATION)
+    models = found.get("models")
+    rows = list(models.values()) if isinstance(models, dict) else []
+    if not rows or not all(isinstance(row, dict) and isinstance(row.get("domains"), dict) for row in rows):
+        raise DataError(f"{file} is no evaluation; expected what `upcycle eval --json` prints")
+    return found
 
 
 def _pictures_folder(out: Path) -> Path:
