@@ -206,7 +206,8 @@ def _comparable(options: EvaluationOptions, heldout: Mapping[str, Mapping[str, H
         if options.windows:
             raise DataError(f"{why}; leave out --windows, which chooses other text for each")
         for name in heldout[first]:
-            if heldout[first][name].text_bytes is None or heldout[other][name].text_bytes is None:
+            sizes = (heldout[first][name].text_bytes, heldout[other][name].text_bytes)
+            if any(part is None or not part.any() for part in sizes):
                 raise DataError(f"{why}; leave out {name}: tokens and chats, and some tokenizers, tell no bytes of it")
         return False
     return True
