@@ -54,9 +54,15 @@ def branch(base: Path, folder: Path, random_seed: int, scale: float = 0.02) -> P
     return folder
 
 
+@pytest.fixture
+def base_seed(made_seed: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny Llama in bf16 with a tokenizer, named `base`; a test may change it."""
+    return shutil.copytree(made_seed, tmp_path_factory.mktemp("base") / "base")
+
+
 @pytest.fixture(scope="session")
-def base_seed(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny Llama in bf16 with a tokenizer."""
+def made_seed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The one that every test's own is a copy of."""
     folder = make_seed(BY_NAME["llama"], tmp_path_factory.mktemp("base") / "base", 0, torch.bfloat16)
     write_tokenizer(folder)
     return folder
