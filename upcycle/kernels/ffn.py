@@ -1,0 +1,258 @@
+"""Routed FFN experts on fused kernels, with their gradients; `reference.experts` is the definition.
+
+Kept for the backward: the pre-activation `[M, W]`, and the inputs. Every sum has one fixed order, so the same inputs
+give the same bits.
+
+Axes: T tokens, K experts per token, M = T * K slots, N experts, D hidden, I inner, W = 2I (gated) or I.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton
+
+from .backward import activation_backward_kernel, weight_backward_kernel
+from .blocks import Blocks, Tile, blocks_on
+from .reference import ACTIVATIONS, Activation
+from .rowwise import rowwise_kernel, sum_kernel
+from .schedule import Schedule, make_schedule
+from .up import up_kernel
+
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What the kernels must know besides tensors. `save`: whether a backward will follow."""
+
+    experts_per_token: int
+    gated: bool
+    activation: Activation
+    blocks: Blocks
+    save: bool
+
+
+def fused_experts(
+    hidden: torch.Tensor,
+    index: torch.Tensor,
+    gates: torch.Tensor,
+    wide_in: torch.Tensor,
+    down: torch.Tensor,
+    gated: bool,
+    activation: Activation,
+    blocks: Blocks | None = None,
+) -> torch.Tensor:
+    """`reference.experts` in the type of `hidden [T, D]`: bf16, fp16 or fp32, which both weights share; sums in fp32.
+
+    Runs on CUDA; under Triton's interpreter on the CPU, with `blocks` given. Raises ValueError for other types, shapes
+    that do not belong together, or an unknown activation. An index outside 0..N-1 is not checked: that would make the
+    host wait for the device.
+    """
+    _check(hidden, index, gates, wide_in, down, gated, activation)
+    if hidden.shape[0] == 0:
+        return hidden + 0 * (gates.sum() + wide_in.sum() + down.sum()).to(hidden.dtype)
+    save = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (hidden, gates, wide_in, down))
+    layout = Layout(index.shape[1], gated, activation, blocks or blocks_on(hidden.dtype, hidden.device), save)
+    with torch.cuda.device_of(hidden):
+        schedule = make_schedule(index, down.shape[0], layout.blocks.rows)
+        result: torch.Tensor = FusedExperts.apply(hidden, gates, wide_in, down, schedule, layout)
+        return result
+
+
+def _check(
+    hidden: torch.Tensor,
+    index: torch.Tensor,
+    gates: torch.Tensor,
+    wide_in: torch.Tensor,
+    down: torch.Tensor,
+    gated: bool,
+    activation: str,
+) -> None:
+    tokens, width = hidden.shape
+    experts, _, inner = down.shape
+    expected = {
+        "gates": (gates.shape, index.shape),
+        "index": (index.shape[:1], (tokens,)),
+        "wide_in": (wide_in.shape, (experts, 2 * inner if gated else inner, width)),
+        "down": (down.shape, (experts, width, inner)),
+    }
+    for name, (found, wanted) in expected.items():
+        if tuple(found) != tuple(wanted):
+            raise ValueError(f"{name} is shaped {tuple(found)}, expected {tuple(wanted)}")
+    if hidden.dtype not in DTYPES or {wide_in.dtype, down.dtype} != {hidden.dtype}:
+        raise ValueError(
+            f"hidden states are {hidden.dtype}, weights {wide_in.dtype} and {down.dtype}; expected one type in all, "
+            "bfloat16, float16 or float32"
+        )
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"no activation {activation!r}; known: {', '.join(ACTIVATIONS)}")
+
+
+class FusedExperts(torch.autograd.Function):
+    """Forward and backward of `fused_experts` for a given schedule."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: torch.Tensor,
+        gates: torch.Tensor,
+        wide_in: torch.Tensor,
+        down: torch.Tensor,
+        schedule: Schedule,
+        layout: Layout,
+    ) -> torch.Tensor:
+        """`[T, D]` from `hidden [T, D]`, `gates [T, K]`, `wide_in [N, W, D]`, `down [N, D, I]`."""
+        hidden, gates, wide_in, down = (tensor.contiguous() for tensor in (hidden, gates, wide_in, down))
+        before, inner = _up(hidden, wide_in, down.shape[2], schedule, layout)
+        slots = _rowwise(inner, down, True, schedule, layout)
+        if layout.save:
+            ctx.save_for_backward(hidden, gates, wide_in, down, before)
+            ctx.schedule, ctx.layout = schedule, layout
+        return _sum(slots, gates, layout)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, output_gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        """Gradients of hidden states, gates and both weights, those that are wanted."""
+        hidden, gates, wide_in, down, before = ctx.saved_tensors
+        schedule, layout = ctx.schedule, ctx.layout
+        for_hidden, for_gates, for_wide_in, for_down = ctx.needs_input_grad[:4]
+        output_gradient = output_gradient.contiguous()
+        with torch.cuda.device_of(hidden):
+            before_gradient, gated_inner, gates_gradient = _activation_backward(
+                output_gradient, down, before, gates, schedule, layout
+            )
+            hidden_gradient = wide_in_gradient = down_gradient = None
+            if for_down:
+                down_gradient = _weight_backward(output_gradient, gated_inner, down, True, schedule, layout)
+            del gated_inner  # before the next large allocation
+            if for_wide_in:
+                wide_in_gradient = _weight_backward(before_gradient, hidden, wide_in, False, schedule, layout)
+            if for_hidden:
+                slots = _rowwise(before_gradient, wide_in, False, schedule, layout)
+                hidden_gradient = _sum(slots, None, layout)
+        return hidden_gradient, gates_gradient if for_gates else None, wide_in_gradient, down_gradient, None, None
+
+
+def _metadata(schedule: Schedule) -> tuple[torch.Tensor | int, ...]:
+    tiles = schedule.tile_expert
+    return schedule.order, schedule.offsets, tiles, schedule.tile_start, tiles.numel()
+
+
+def _settings(tile: Tile, rows: int, tensor: torch.Tensor) -> dict[str, Any]:
+    """A matrix kernel's constants; on the CPU it is the interpreter that runs it."""
+    return {
+        "BLOCK_M": rows,
+        "BLOCK_N": tile.columns,
+        "BLOCK_K": tile.inner,
+        "WIDEN": not tensor.is_cuda,
+        "num_warps": tile.warps,
+        "num_stages": tile.stages,
+    }
+
+
+def _up(
+    hidden: torch.Tensor, wide_in: torch.Tensor, inner_size: int, schedule: Schedule, layout: Layout
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Pre-activation `[M, W]` (empty if no backward follows) and activation `[M, I]`, rows sorted by expert."""
+    slots, tile = schedule.order.numel(), layout.blocks.up
+    before = torch.empty(slots if layout.save else 0, wide_in.shape[1], dtype=hidden.dtype, device=hidden.device)
+    inner = torch.empty(slots, inner_size, dtype=hidden.dtype, device=hidden.device)
+    grid = (schedule.tile_expert.numel() * triton.cdiv(inner_size, tile.columns),)
+    up_kernel[grid](
+        *(hidden, wide_in, before if layout.save else inner, inner, *_metadata(schedule)),
+        D=hidden.shape[1],
+        I=inner_size,
+        K=layout.experts_per_token,
+        GATED=layout.gated,
+        ACTIVATION=layout.activation,
+        SAVE=layout.save,
+        **_settings(tile, layout.blocks.rows, hidden),
+    )
+    return before, inner
+
+
+def _rowwise(
+    rows: torch.Tensor, weight: torch.Tensor, transposed: bool, schedule: Schedule, layout: Layout
+) -> torch.Tensor:
+    """Row r times its expert's matrix, at slot order[r]: `[M, OUT]` from `rows [M, IN]`."""
+    width = weight.shape[1 if transposed else 2]
+    slots = torch.empty(rows.shape[0], width, dtype=rows.dtype, device=rows.device)
+    tile = layout.blocks.rowwise
+    grid = (schedule.tile_expert.numel() * triton.cdiv(width, tile.columns),)
+    rowwise_kernel[grid](
+        *(rows, weight, slots, *_metadata(schedule)),
+        IN=rows.shape[1],
+        OUT=width,
+        TRANSPOSED=transposed,
+        **_settings(tile, layout.blocks.rows, rows),
+    )
+    return slots
+
+
+def _sum(slots: torch.Tensor, gates: torch.Tensor | None, layout: Layout) -> torch.Tensor:
+    """Each token's sum over its slots, times their gates if given: `[T, D]` from `[M, D]`."""
+    tokens, width = slots.shape[0] // layout.experts_per_token, slots.shape[1]
+    total = torch.empty(tokens, width, dtype=slots.dtype, device=slots.device)
+    grid = (tokens, triton.cdiv(width, layout.blocks.vector))
+    sum_kernel[grid](
+        *(slots, slots if gates is None else gates, total),
+        D=width,
+        K=layout.experts_per_token,
+        WEIGHTED=gates is not None,
+        BLOCK=layout.blocks.vector,
+    )
+    return total
+
+
+def _activation_backward(
+    output_gradient: torch.Tensor,
+    down: torch.Tensor,
+    before: torch.Tensor,
+    gates: torch.Tensor,
+    schedule: Schedule,
+    layout: Layout,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The pre-activation's gradient `[M, W]`, gate * activation `[M, I]`, and the gates' gradient `[T, K]`."""
+    slots, (_, width, inner_size), tile = before.shape[0], down.shape, layout.blocks.activation
+    column_tiles = triton.cdiv(inner_size, tile.columns)
+    before_gradient = torch.empty(before.shape, dtype=before.dtype, device=before.device)
+    gated_inner = torch.empty(slots, inner_size, dtype=before.dtype, device=before.device)
+    gate_parts = torch.empty(column_tiles, slots, dtype=torch.float32, device=before.device)
+    activation_backward_kernel[(schedule.tile_expert.numel() * column_tiles,)](
+        *(output_gradient, down, before, gates, before_gradient, gated_inner, gate_parts, *_metadata(schedule)),
+        slots,
+        D=width,
+        I=inner_size,
+        K=layout.experts_per_token,
+        GATED=layout.gated,
+        ACTIVATION=layout.activation,
+        **_settings(tile, layout.blocks.rows, before),
+    )
+    return before_gradient, gated_inner, gate_parts.sum(0).to(gates.dtype).reshape(gates.shape)
+
+
+def _weight_backward(
+    left: torch.Tensor,
+    right: torch.Tensor,
+    weight: torch.Tensor,
+    gather_left: bool,
+    schedule: Schedule,
+    layout: Layout,
+) -> torch.Tensor:
+    """A weight's gradient, shaped as it: sum over each expert's rows of left^T right, one of them read by token."""
+    gradient = torch.empty(weight.shape, dtype=weight.dtype, device=weight.device)
+    tile, rows = layout.blocks.weight, layout.blocks.weight_rows
+    experts, left_size, right_size = weight.shape
+    grid = (experts * triton.cdiv(left_size, rows) * triton.cdiv(right_size, tile.columns),)
+    weight_backward_kernel[grid](
+        *(left, right, gradient, schedule.order, schedule.offsets),
+        LEFT=left_size,
+        RIGHT=right_size,
+        K=layout.experts_per_token,
+        GATHER_LEFT=gather_left,
+        GATHER_RIGHT=not gather_left,
+        **_settings(tile, rows, left),
+    )
+    return gradient
