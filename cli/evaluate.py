@@ -54,6 +54,9 @@ def evaluate(
         typer.Option("--tasks", metavar="TASK ...", help="Downstream tasks of lm-eval (the extra `tasks`), or .yaml."),
     ] = None,
     task_limit: Annotated[int | None, typer.Option(min=1, help="Documents of each task; all of them.")] = None,
+    few_shot: Annotated[
+        int | None, typer.Option(min=0, help="Examples before each task's question; the task's own number.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Measure models on held-out text, compare them, and say whether a mixture was worth it.
@@ -67,8 +70,8 @@ def evaluate(
 
     if not (data or tasks):
         raise DataError("nothing to measure: give --data NAME=FILE ..., --tasks TASK ..., or both")
-    if task_limit and not tasks:
-        raise typer.BadParameter("--task-limit limits --tasks, and none is given")
+    if not tasks and (task_limit or few_shot is not None):
+        raise typer.BadParameter("--task-limit and --few-shot say how --tasks are run, and none is given")
     if not data and (sequence_length or stride or windows):
         raise typer.BadParameter("--sequence-length, --stride and --windows say how --data is read, and none is given")
     sources = split_names("--data", data or [])
@@ -88,6 +91,7 @@ def evaluate(
         device=device,
         tasks=tasks or [],
         task_limit=task_limit,
+        few_shot=few_shot,
     )
     with window_progress() as progress:
         result = evaluate_models(options, progress)

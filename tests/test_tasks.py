@@ -362,6 +362,9 @@ def test_the_command_shows_tasks(tmp_path: Path) -> None:
     assert f"choice acc {expected['acc']:.4f} ±" in " ".join(shown.stdout.split())
     found = run_cli("eval", model, "--tasks", task, "--task-limit", 5, "--json", HF_HOME=str(tmp_path / "home"))
     assert json.loads(found.stdout)["models"][str(model)]["tasks"]["choice"] == expected
+    more = run_cli("eval", model, "--tasks", task, "--few-shot", 1, "--json", HF_HOME=str(tmp_path / "home"))
+    expected = run_tasks(load_model(model), AutoTokenizer.from_pretrained(model), [task], few_shot=1)["choice"]
+    assert json.loads(more.stdout)["models"][str(model)]["tasks"]["choice"] == expected
     write_tokenizer(model)
     refused = run_cli("eval", model, "--tasks", task)
     assert (refused.returncode, "has no eos_token" in refused.stderr) == (1, True)

@@ -42,6 +42,7 @@ class EvaluationOptions:
     device: str | None = None
     tasks: Sequence[str] = ()
     task_limit: int | None = None
+    few_shot: int | None = None
 
 
 def read_models(options: EvaluationOptions) -> tuple[dict[str, ModelFacts], str | None]:

@@ -98,6 +98,7 @@ class Measurement:
                 load_tokenizer(Path(self.name)),
                 self.options.tasks,
                 limit=self.options.task_limit,
+                few_shot=self.options.few_shot,
                 progress=partial(tasks_done, self.name),
             )
         self.model.to("meta")  # lets the memory go at once, whoever still holds the model

@@ -14,14 +14,11 @@ from typing import Any, Final
 import numpy as np
 
 from upcycle.checkpoint import CONFIG, PROVENANCE, read_json, read_tensors
-from upcycle.dense_config import read_dense
 from upcycle.errors import CheckpointError, SeedError, UpcycleError
 from upcycle.inspect import Inspection, inspect_checkpoint
-from upcycle.layout import make_layout
-from upcycle.mixture import read_mixture
 from upcycle.numeric import Array
 from upcycle.run_folder import CHECKPOINTS, METRICS, RECORD, RunFolder
-from upcycle.scaling import DENSE, layout_cost
+from upcycle.training_settings import read_facts
 from upcycle.verdict import short_names
 
 NAN: Final = math.nan
@@ -198,16 +195,7 @@ def _read_model(source: Source, folder: Path) -> None:
     settings = (source.training or {}).get("settings")
     length = settings.get("sequence_length") if isinstance(settings, dict) else None
     if isinstance(length, int):
-        source.training_flops = _training_flops(source, folder, length)
-
-
-def _training_flops(source: Source, folder: Path, context: int) -> int:
-    if source.config.get("model_type") == "bam":
-        mixture = read_mixture(folder)
-        layout, recipe, count = mixture.layout, mixture.recipe, len(mixture.experts)
-    else:
-        layout, recipe, count = make_layout(read_dense(source.config, str(folder)), DENSE, 1), DENSE, 1
-    return layout_cost(layout, recipe, count, 0, context).training_flops_per_token
+        source.training_flops = read_facts(folder).training_flops(length) or 0
 
 
 def _note_damage(source: Source) -> None:
