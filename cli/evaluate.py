@@ -10,6 +10,7 @@ import typer
 
 from . import output
 from .merge import Json
+from .train import ExpertsBackend
 
 Data = Annotated[
     list[str] | None,
@@ -49,6 +50,7 @@ def evaluate(
         Literal["bf16", "fp32"] | None, typer.Option(help="Of weights and products; bf16 on a GPU, else fp32.")
     ] = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ...; a GPU where there is one.")] = None,
+    experts_backend: ExpertsBackend = "auto",
     tasks: Annotated[
         list[str] | None,
         typer.Option("--tasks", metavar="TASK ...", help="Downstream tasks of lm-eval (the extra `tasks`), or .yaml."),
@@ -88,6 +90,7 @@ def evaluate(
         windows=windows,
         batch_tokens=batch_tokens,
         precision=precision,
+        experts_backend=experts_backend,
         device=device,
         tasks=tasks or [],
         task_limit=task_limit,

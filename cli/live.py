@@ -34,6 +34,8 @@ def training_view() -> Iterator[Callable[[Mapping[str, Any]], None]]:
                 for name, reason in event["reasons"].items():
                     value = event["settings"][name]
                     live.console.print(f"{name.replace('_', ' ')} {value:.4g}: {reason}", highlight=False, markup=False)
+                for sentence in event["acceleration"]:
+                    live.console.print(sentence, highlight=False, markup=False)
             view.take(event)
 
         yield watch

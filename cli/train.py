@@ -14,6 +14,12 @@ if TYPE_CHECKING:
     from upcycle.train import TrainingResult
 
 
+ExpertsBackend = Annotated[
+    Literal["auto", "fused", "grouped_mm", "eager", "liger", "sonicmoe"],
+    typer.Option(help="What computes the FFN experts; auto: on CUDA the fastest of them, measured at the start."),
+]
+
+
 def train(
     model: Annotated[Path, typer.Argument(help="Folder of a mixture (BAM or transformers' own) or of a dense model.")],
     data: Annotated[
@@ -63,6 +69,17 @@ def train(
     activation_checkpointing: Annotated[
         bool, typer.Option("--activation-checkpointing", help="Compute activations twice instead of keeping them.")
     ] = False,
+    experts_backend: ExpertsBackend = "auto",
+    liger: Annotated[
+        bool,
+        typer.Option("--liger", help="Norms, rotary positions and the loss by Liger's kernels (the extra `cuda`)."),
+    ] = False,
+    side_by_side: Annotated[
+        bool, typer.Option("--side-by-side", help="Attention and FFN of a parallel block at the same time (CUDA).")
+    ] = False,
+    compile_layers: Annotated[
+        bool, typer.Option("--compile", help="Compile each layer (torch.compile); the first step takes longer.")
+    ] = False,
     shard: Annotated[
         bool, typer.Option("--shard", help="Spread one model over all processes (FSDP2) instead of copying it.")
     ] = False,
@@ -108,6 +125,10 @@ def train(
         optimizer=optimizer,
         precision=precision,
         activation_checkpointing=activation_checkpointing,
+        experts_backend=experts_backend,
+        liger=liger,
+        side_by_side=side_by_side,
+        compile=compile_layers,
         shard=shard,
         eval_every=eval_every,
         eval_windows=eval_windows,

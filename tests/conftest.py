@@ -5,7 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +66,17 @@ def made_seed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = make_seed(BY_NAME["llama"], tmp_path_factory.mktemp("base") / "base", 0, torch.bfloat16)
     write_tokenizer(folder)
     return folder
+
+
+@pytest.fixture
+def made(tmp_path: Path) -> Callable[..., Any]:
+    """A function that merges three random seeds of a case and loads the result in fp32."""
+
+    def make(name: str, recipe: str, *overrides: str, **options: Any) -> Any:
+        paths = make_seeds(BY_NAME[name], tmp_path / name)
+        return merge_and_load(paths, tmp_path / f"{name}-{recipe}", recipe, *overrides, **options).eval()
+
+    return make
 
 
 @pytest.fixture

@@ -95,6 +95,7 @@ def kernels() -> Iterator[SimpleNamespace]:
         patch.setattr(type(ALL_EXPERTS_FUNCTIONS), "_global_mapping", dict(ALL_EXPERTS_FUNCTIONS._global_mapping))
         tile = modules["blocks"].Tile(columns=16, inner=32, warps=4, stages=2)
         blocks = modules["blocks"].Blocks(16, tile, tile, tile, 16, tile, 32)
+        patch.setattr(modules["ffn"], "blocks_on", lambda *_: blocks)
         yield SimpleNamespace(**modules, small=blocks)
     drop_kernels()
 
@@ -154,7 +155,7 @@ def test_outputs_and_gradients_are_those_of_the_definition(
 ) -> None:
     case = CASES[name]
     inputs = draw(case, dtype)
-    found = run(kernels.ffn.fused_experts, inputs, case.gated, case.activation, kernels.small)
+    found = run(kernels.ffn.fused_experts, inputs, case.gated, case.activation)
     exact = {name: tensor.double() if tensor.is_floating_point() else tensor for name, tensor in inputs.items()}
     wanted = run(kernels.reference.experts, exact, case.gated, case.activation)
     errors = {name: error(*pair) for name, *pair in zip(NAMES, found, wanted, strict=True)}
@@ -169,9 +170,7 @@ def test_outputs_and_gradients_are_those_of_the_definition(
 @pytest.mark.parametrize("dtype", BOUNDS, ids=str)
 def test_the_same_inputs_give_the_same_bits(kernels: SimpleNamespace, dtype: torch.dtype) -> None:
     case = CASES["odd"]
-    first, second = (
-        run(kernels.ffn.fused_experts, draw(case, dtype), case.gated, case.activation, kernels.small) for _ in range(2)
-    )
+    first, second = (run(kernels.ffn.fused_experts, draw(case, dtype), case.gated, case.activation) for _ in range(2))
     for one, other in zip(first, second, strict=True):
         assert torch.equal(one, other)
 
@@ -180,7 +179,7 @@ def test_the_same_inputs_give_the_same_bits(kernels: SimpleNamespace, dtype: tor
 def test_gates_may_be_finer_than_tokens(kernels: SimpleNamespace) -> None:
     case = CASES["odd"]
     inputs = draw(case, torch.bfloat16) | {"gates": draw(case, torch.float32)["gates"]}
-    found = run(kernels.ffn.fused_experts, inputs, True, "silu", kernels.small)
+    found = run(kernels.ffn.fused_experts, inputs, True, "silu")
     exact = {name: tensor.double() if tensor.is_floating_point() else tensor for name, tensor in inputs.items()}
     wanted = run(kernels.reference.experts, exact, True, "silu")
     assert max(error(*pair) for pair in zip(found, wanted, strict=True)) <= 1e-2
@@ -188,14 +187,15 @@ def test_gates_may_be_finer_than_tokens(kernels: SimpleNamespace) -> None:
 
 
 @pytest.mark.usefixtures("poisoned")
-def test_tiles_of_any_size_agree(kernels: SimpleNamespace) -> None:
+def test_tiles_of_any_size_agree(kernels: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
     case = CASES["odd"]
     inputs = draw(case, torch.float32)
     tiles = (kernels.blocks.Tile(*sizes, warps=4, stages=2) for sizes in ((16, 64), (32, 16), (64, 32), (16, 16)))
     up, rowwise, activation, weight = tiles
     blocks = kernels.blocks.Blocks(32, up, rowwise, activation, 64, weight, vector=8)
-    wanted = run(kernels.ffn.fused_experts, inputs, case.gated, case.activation, kernels.small)
-    found = run(kernels.ffn.fused_experts, inputs, case.gated, case.activation, blocks)
+    wanted = run(kernels.ffn.fused_experts, inputs, case.gated, case.activation)
+    monkeypatch.setattr(kernels.ffn, "blocks_on", lambda *_: blocks)
+    found = run(kernels.ffn.fused_experts, inputs, case.gated, case.activation)
     assert max(error(one, other.double()) for one, other in zip(found, wanted, strict=True)) <= 1e-6
 
 
@@ -203,14 +203,14 @@ def test_tiles_of_any_size_agree(kernels: SimpleNamespace) -> None:
 def test_only_wanted_gradients_are_computed(kernels: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
     case = CASES["odd"]
     inputs = draw(case, torch.float32)
-    whole = run(kernels.ffn.fused_experts, inputs, case.gated, case.activation, kernels.small)
+    whole = run(kernels.ffn.fused_experts, inputs, case.gated, case.activation)
     names = []
     weight_backward = kernels.ffn._weight_backward
     monkeypatch.setattr(kernels.ffn, "_weight_backward", lambda *a: names.append(a[2].shape) or weight_backward(*a))
     leaves = {name: inputs[name].clone().requires_grad_(name == "down") for name in NAMES[1:]}
     output = kernels.ffn.fused_experts(
         *(leaves["hidden"], inputs["index"], leaves["gates"], leaves["wide_in"], leaves["down"]),
-        *(case.gated, case.activation, kernels.small),
+        *(case.gated, case.activation),
     )
     output.backward(inputs["gradient"])
     assert names == [inputs["down"].shape]
@@ -226,9 +226,9 @@ def test_no_gradient_no_pre_activation(kernels: SimpleNamespace, monkeypatch: py
     kept = []
     up = kernels.ffn._up
     monkeypatch.setattr(kernels.ffn, "_up", lambda *a: kept.append(up(*a)) or kept[-1])
-    output = kernels.ffn.fused_experts(*arguments, case.gated, case.activation, kernels.small)
+    output = kernels.ffn.fused_experts(*arguments, case.gated, case.activation)
     assert kept[0][0].numel() == 0
-    assert torch.equal(output, run(kernels.ffn.fused_experts, inputs, True, "silu", kernels.small)[0])
+    assert torch.equal(output, run(kernels.ffn.fused_experts, inputs, True, "silu")[0])
 
 
 @pytest.mark.usefixtures("poisoned")
@@ -238,14 +238,14 @@ def test_strided_inputs_and_expanded_gradients(kernels: SimpleNamespace) -> None
     strided = {name: tensor.mT.contiguous().mT for name, tensor in inputs.items()}
     strided["gradient"] = torch.ones(()).expand(case.tokens, case.hidden)
     plain = {**inputs, "gradient": torch.ones(case.tokens, case.hidden)}
-    found, wanted = (run(kernels.ffn.fused_experts, x, True, "silu", kernels.small) for x in (strided, plain))
+    found, wanted = (run(kernels.ffn.fused_experts, x, True, "silu") for x in (strided, plain))
     for one, other in zip(found, wanted, strict=True):
         assert torch.equal(one, other)
 
 
 def test_no_token(kernels: SimpleNamespace) -> None:
     inputs = draw(Case(0, 2, 3, 8, 8), torch.float32)
-    found = run(kernels.ffn.fused_experts, inputs, True, "silu", kernels.small)
+    found = run(kernels.ffn.fused_experts, inputs, True, "silu")
     assert found[0].shape == (0, 8)
     assert not any(tensor.any() for tensor in found)
 
@@ -264,15 +264,15 @@ def test_what_does_not_belong_together_is_refused(
 ) -> None:
     inputs = draw(CASES["odd"], torch.float32) | change
     with pytest.raises(ValueError, match=message):
-        run(kernels.ffn.fused_experts, inputs, True, "silu", kernels.small)
+        run(kernels.ffn.fused_experts, inputs, True, "silu")
 
 
 def test_what_cannot_be_computed_is_refused(kernels: SimpleNamespace) -> None:
     inputs = draw(CASES["odd"], torch.float32)
     with pytest.raises(ValueError, match="no activation 'relu'; known: silu, gelu, gelu_tanh"):
-        run(kernels.ffn.fused_experts, inputs, True, "relu", kernels.small)
+        run(kernels.ffn.fused_experts, inputs, True, "relu")
     with pytest.raises(ValueError, match="run on CUDA, not on cpu"):
-        run(kernels.ffn.fused_experts, inputs, True, "silu")
+        kernels.blocks.blocks_on(torch.float32, torch.device("cpu"))
     with pytest.raises(ValueError, match=r"no tiles for torch\.float64"):
         kernels.blocks.blocks_for(torch.float64, 227 * 1024)
 
@@ -351,10 +351,9 @@ def test_transformers_reaches_the_kernels(
 ) -> None:
     kernels.dispatch.register()
     monkeypatch.setattr(kernels.dispatch, "unserved", lambda *_: None)  # no CUDA here
-    monkeypatch.setattr(kernels.ffn, "blocks_on", lambda *_: kernels.small)
     experts = make_experts(gated, activation=activation)
     found = experts(*tokens())
-    assert found.grad_fn.name().startswith("FusedExperts")
+    assert "routed_experts" in found.grad_fn.name()
     experts.config._experts_implementation = "eager"
     assert error(found, experts(*tokens()).double()) <= 1e-5
     experts.config._experts_implementation = "upcycle_fused"
@@ -362,6 +361,43 @@ def test_transformers_reaches_the_kernels(
         half = experts(*tokens())
     assert half.dtype == torch.bfloat16
     assert error(half, found.double()) <= 2e-2  # the weights are rounded, too
+
+
+@pytest.mark.parametrize("saved", [True, False])
+@pytest.mark.parametrize("gated", [True, False])
+def test_operators_are_what_a_compiler_is_told(kernels: SimpleNamespace, saved: bool, gated: bool) -> None:
+    inputs = draw(CASES["odd"] if gated else CASES["all experts"], torch.float32)
+    schedule = kernels.schedule.make_schedule(inputs["index"], inputs["down"].shape[0], 16).tensors()
+    tensors = [inputs[name].requires_grad_(saved) for name in ("hidden", "gates", "wide_in", "down")]
+    torch.library.opcheck(kernels.ffn.routed_experts, (*tensors, *schedule, gated, "silu", saved))
+    heads, gates = torch.randn(2, 3, 24, requires_grad=saved), torch.randn(2, 3, 4, requires_grad=saved)
+    torch.library.opcheck(kernels.heads.scaled_heads, (heads, gates, 2))
+
+
+def test_a_layer_compiles_whole(kernels: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
+    kernels.dispatch.register()
+    monkeypatch.setattr(kernels.dispatch, "unserved", lambda *_: None)  # no CUDA here
+    experts = make_experts()
+    inputs = tokens()
+    results = []
+    for function in (experts, torch.compile(experts, fullgraph=True, backend="aot_eager")):
+        hidden = inputs[0].clone().requires_grad_()
+        output = function(hidden, *inputs[1:])
+        results.append([output, *torch.autograd.grad(output.square().sum(), [hidden, *experts.parameters()])])
+    for plain, compiled in zip(*results, strict=True):
+        assert torch.equal(plain, compiled)
+
+
+def test_what_is_asked_of_the_device_compiles(kernels: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
+    card = SimpleNamespace(shared_memory_per_block_optin=227 * 1024)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: card)
+    experts, device = make_experts(), torch.device("cuda")
+
+    def rows(x: torch.Tensor) -> torch.Tensor:
+        served = kernels.dispatch.unserved(experts, x.dtype, device) is None
+        return x * kernels.blocks.blocks_on(x.dtype, device).rows if served else x
+
+    assert torch.compile(rows, fullgraph=True, backend="aot_eager")(torch.ones(1)) == 64
 
 
 def test_what_the_kernels_do_not_serve_runs_as_ever(kernels: SimpleNamespace, caplog: pytest.LogCaptureFixture) -> None:
@@ -375,7 +411,7 @@ def test_what_the_kernels_do_not_serve_runs_as_ever(kernels: SimpleNamespace, ca
         "run on CUDA, not on cpu": (make_experts(), torch.float32),
     }
     for reason, (experts, dtype) in reasons.items():
-        found = kernels.dispatch.unserved(experts, tokens(dtype)[0])
+        found = kernels.dispatch.unserved(experts, dtype, torch.device("cpu"))
         assert found is not None
         assert reason in found
     with caplog.at_level(logging.WARNING):

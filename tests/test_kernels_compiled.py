@@ -37,6 +37,10 @@ def record(dtype: Any, shared_memory: int, sizes: tuple[int, ...]) -> list[Launc
 
     from upcycle.kernels import ffn, heads
     from upcycle.kernels.blocks import blocks_for
+    from upcycle.kernels.schedule import make_schedule
+
+    blocks = blocks_for(dtype, shared_memory)
+    ffn.blocks_on = lambda *_: blocks
 
     launches: list[Launch] = []
 
@@ -54,14 +58,17 @@ def record(dtype: Any, shared_memory: int, sizes: tuple[int, ...]) -> list[Launc
     tokens, top_k, experts, hidden, inner = sizes
 
     def empty(*shape: int) -> torch.Tensor:
-        return torch.empty(*shape, dtype=dtype, device="meta", requires_grad=True)
+        return torch.empty(*shape, dtype=dtype, device="meta")
 
     index = torch.empty(tokens, top_k, dtype=torch.int64, device="meta")
     for gated, activation in ((True, "silu"), (True, "gelu_tanh"), (False, "gelu")):
         weights = empty(experts, 2 * inner if gated else inner, hidden), empty(experts, hidden, inner)
-        inputs = empty(tokens, hidden), index, empty(tokens, top_k), *weights
-        ffn.fused_experts(*inputs, gated, activation, blocks_for(dtype, shared_memory)).sum().backward()
-    heads.gate_heads(empty(1, tokens, experts * hidden), empty(1, tokens, experts), 8).sum().backward()
+        inputs = empty(tokens, hidden), empty(tokens, top_k), *weights
+        schedule = make_schedule(index, experts, blocks.rows).tensors()
+        output, before = ffn.forward(*inputs, *schedule, gated, activation, True)
+        ffn.backward(output, *inputs, before, *schedule, gated, activation, [True] * 4)
+    scaled = heads.forward(empty(1, tokens, experts * hidden), empty(1, tokens, experts), 8)
+    heads.backward(scaled, empty(1, tokens, experts * hidden), empty(1, tokens, experts), 8)
     for module in (ffn, heads):
         for name, value in list(vars(module).items()):
             if isinstance(value, Recorder):

@@ -12,8 +12,8 @@ from transformers import AutoModelForCausalLM
 
 from tests.conftest import run_cli
 from tests.tiny import CASES, dense_config
+from upcycle.backends import Backend, use_backend
 from upcycle.dense_config import read_dense
-from upcycle.experts import use_autocast_experts
 from upcycle.layout import Layout, make_layout
 from upcycle.memory import Counter, held, training_memory
 from upcycle.modeling.configuration_bam import BamConfig
@@ -99,7 +99,7 @@ def test_autograd_keeps_of_a_layer_what_is_counted(case, window, recipe, precisi
             parameter.requires_grad_(name.replace("lm_head", layout.model.family.head) in chosen)
         model.to(torch.bfloat16 if precision == "bf16" else torch.float32)
         if precision == "autocast":
-            use_autocast_experts(model)
+            use_backend(model, Backend("grouped_mm", ""))
         kept.append(kept_by_autograd(model, precision == "autocast"))
         counted.append(sum(stage.saved for stage in counter.stages(SEQUENCES * LENGTH, False)))
     # One layer more, so that neither the loss nor what lies before the first trained weight matters.

@@ -26,17 +26,6 @@ ALL_RECIPES = ("bam", "bam-kv-shared", "btx")
 SOME_CASES = [BY_NAME[name] for name in ("llama", "qwen3", "gemma3_text", "cohere2", "phi3", "gpt_neox")]
 
 
-@pytest.fixture
-def made(tmp_path):
-    """A function that merges three random seeds of a case and loads the result in fp32."""
-
-    def make(name, recipe, *overrides, **options):
-        paths = make_seeds(BY_NAME[name], tmp_path / name)
-        return merge_and_load(paths, tmp_path / f"{name}-{recipe}", recipe, *overrides, **options).eval()
-
-    return make
-
-
 @pytest.mark.parametrize("case", SOME_CASES, ids=lambda case: case.name)
 def test_generation_with_cache_is_that_without(case, made):
     """The cache's shape follows the widened config: greedy tokens equal those of full forwards, static cache too."""

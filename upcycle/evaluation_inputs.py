@@ -40,6 +40,7 @@ class EvaluationOptions:
     batch_tokens: int | None = None
     precision: str | None = None
     device: str | None = None
+    experts_backend: str = "auto"
     tasks: Sequence[str] = ()
     task_limit: int | None = None
     few_shot: int | None = None

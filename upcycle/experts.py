@@ -1,33 +1,32 @@
-"""Experts under autocast, which does not reach transformers' grouped products: they would stay in fp32."""
+"""Experts implementations under autocast, which does not reach the products of some: they would stay in fp32."""
 
-from typing import Any, Final
+from functools import partial
+from typing import Any
 
 import torch
 
-GROUPED_AUTOCAST: Final = "grouped_mm_autocast"
 
-
-def use_autocast_experts(model: Any) -> None:
-    """Let a mixture's grouped products follow autocast; the choice is the loaded model's, and is not saved with it."""
+def follow_autocast(name: str) -> str:
+    """Register one of transformers' experts implementations as one that follows autocast; its new name."""
     from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
-    ALL_EXPERTS_FUNCTIONS.register(GROUPED_AUTOCAST, _forward)
-    model.set_experts_implementation(GROUPED_AUTOCAST)
+    ALL_EXPERTS_FUNCTIONS.register(f"{name}_autocast", partial(_forward, name))
+    return f"{name}_autocast"
 
 
 def _forward(
-    self: Any, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+    name: str, self: Any, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
 ) -> torch.Tensor:
-    """As `grouped_mm`; tokens `[T, D]`, indices and gates `[T, K]`, in autocast's dtype where it is on."""
+    """As `name`; tokens `[T, D]`, indices and gates `[T, K]`, in autocast's dtype where it is on."""
     from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
     device = hidden_states.device.type
-    grouped = ALL_EXPERTS_FUNCTIONS["grouped_mm"]
+    function = ALL_EXPERTS_FUNCTIONS[name]
     if not torch.is_autocast_enabled(device):
-        result: torch.Tensor = grouped(self, hidden_states, top_k_index, top_k_weights)
+        result: torch.Tensor = function(self, hidden_states, top_k_index, top_k_weights)
         return result
     dtype = torch.get_autocast_dtype(device)
-    half: torch.Tensor = grouped(_Cast(self, dtype), hidden_states.to(dtype), top_k_index, top_k_weights.to(dtype))
+    half: torch.Tensor = function(_Cast(self, dtype), hidden_states.to(dtype), top_k_index, top_k_weights.to(dtype))
     return half
 
 

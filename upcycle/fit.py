@@ -41,6 +41,7 @@ def step_memory(settings: Settings, facts: ModelFacts) -> tuple[TrainingMemory, 
         trained=parse_trained(settings.trained)[0],
         lora_rank=settings.lora,
         activation_checkpointing=settings.activation_checkpointing,
+        loss_head=settings.liger,
         shards=settings.processes if settings.shard else 1,
     )
     # Where gradients are accumulated they are there beside the next forward's activations.
@@ -69,6 +70,7 @@ def check_memory(settings: Settings, facts: ModelFacts, free: int, device: torch
     memory, needed = step
     ways = {
         "--micro-batch-size 1": settings.micro_batch_size > 1,
+        "--liger": device.type == "cuda" and not settings.liger and not settings.shard,
         "--activation-checkpointing": not settings.activation_checkpointing,
         "--lora 16": not settings.lora,
         "--optimizer adamw-8bit": settings.optimizer == "adamw" and device.type == "cuda",

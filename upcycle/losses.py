@@ -9,6 +9,7 @@ from typing import Any, Final
 
 import torch
 
+from upcycle.liger import LossHead
 from upcycle.modeling.modeling_bam import load_balance_loss, z_loss
 
 # Logits whose loss and gradient are made at once: on a CPU what its cache holds, on a GPU what keeps it busy.
@@ -101,7 +102,8 @@ def router_losses(
         ffn_gates, gates = [_gates(logits) for logits in ffn], [_gates(logits) for logits in attention]
         load = []
         for gate in ffn_gates:
-            chosen = torch.bincount(gate.topk(top_k, dim=-1).indices.flatten(), minlength=gate.shape[-1])
+            # Not bincount: a GPU would have to be waited for.
+            chosen = torch.zeros_like(gate).scatter(-1, gate.topk(top_k, dim=-1).indices, 1.0).sum(0)
             load.append(chosen / chosen.sum())
         entropy = [_entropy(gate) for gate in ffn_gates]
     return RouterLosses(
@@ -125,7 +127,11 @@ def _entropy(gates: torch.Tensor) -> torch.Tensor:
 
 
 def forward_losses(
-    model: Any, tokens: torch.Tensor, counted: torch.Tensor | None, top_k: int | None
+    model: Any,
+    tokens: torch.Tensor,
+    counted: torch.Tensor | None,
+    top_k: int | None,
+    loss_head: LossHead | None = None,
 ) -> tuple[torch.Tensor, RouterLosses | None]:
     """One forward over `tokens [B, S + 1]`: the NLL summed over counted targets, and the routers' losses.
 
@@ -133,10 +139,11 @@ def forward_losses(
         model: a dense model, a BAM mixture or one of transformers' own mixtures.
         counted: bool `[B, S]`, or None for all.
         top_k: experts a token uses, or None for a dense model.
+        loss_head: computes the NLL where the model's forward leaves out its output head.
     """
     switches: Mapping[str, Any] = {} if top_k is None else {"output_router_logits": True}
     outputs = model(input_ids=tokens[:, :-1], use_cache=False, **switches)
-    nll = next_token_nll(outputs.logits, tokens[:, 1:], counted)
+    nll = (loss_head.nll if loss_head else next_token_nll)(outputs.logits, tokens[:, 1:], counted)
     if top_k is None:
         return nll, None
     attention = getattr(outputs, "attention_router_logits", None) or ()

@@ -9,6 +9,7 @@ from typing import Any, Final
 import numpy as np
 import torch
 
+from upcycle.backends import choose_backend, use_backend
 from upcycle.data import load_tokenizer
 from upcycle.errors import CheckpointError, UpcycleError
 from upcycle.evaluate import token_losses
@@ -62,6 +63,12 @@ class Measurement:
         dtype = torch.bfloat16 if precision == "bf16" else torch.float32
         self.model = load_model(Path(model), dtype).eval()
         self._guarded(self.model.to, device)
+        if facts.top_k:
+            choose = partial(choose_backend, backward=False)
+            wanted = options.experts_backend
+            backend = self._guarded(choose, self.model, wanted, self._batch_tokens, facts.top_k, dtype)
+            if backend:
+                use_backend(self.model, backend)
 
     def run(
         self,
@@ -123,12 +130,16 @@ class Measurement:
             "similarity": _rounded(similarity),
         }
 
-    def _batch(self, part: Heldout) -> int:
-        """Windows a forward."""
-        tokens = self.options.batch_tokens or min(
+    @property
+    def _batch_tokens(self) -> int:
+        """Tokens a forward."""
+        return self.options.batch_tokens or min(
             BATCH_TOKENS.get(self.device.type, GPU_BATCH_TOKENS), MAX_LOGITS // int(self.facts.dense["vocab_size"])
         )
-        return max(1, tokens // int(part.tokens.shape[1]))
+
+    def _batch(self, part: Heldout) -> int:
+        """Windows a forward."""
+        return max(1, self._batch_tokens // int(part.tokens.shape[1]))
 
     def _guarded(self, work: Callable[..., Any], *arguments: Any) -> Any:
         try:

@@ -67,6 +67,7 @@ def training_memory(
     trained: str = "all",
     lora_rank: int = 0,
     activation_checkpointing: bool = False,
+    loss_head: bool = False,
     shards: int = 1,
 ) -> TrainingMemory:
     """Memory of training a mixture, or with a recipe without experts a dense model.
@@ -79,6 +80,7 @@ def training_memory(
         lora_rank: of adapters on all matrices of the layers; beside them the routers alone are trained. Those of
             stacked experts are added to a copy of the weights, which counts as an activation.
         activation_checkpointing: a layer keeps its input alone and runs again in the backward.
+        loss_head: the loss makes its logits piece by piece (`liger.LossHead`), and its gradients in the forward.
         shards: devices over which FSDP2 shards all but activations. One layer at a time is whole, in weights and
             gradients; prefetching would add another's weights.
     """
@@ -87,7 +89,7 @@ def training_memory(
     width = BF16 if precision == "bf16" else FP32
     wide = width if shards > 1 else FP32
     counter = Counter(layout, recipe, num_experts, sequence_length, width, wide, trained, lora_rank, shards)
-    stages = counter.stages(sequences * sequence_length, activation_checkpointing)
+    stages = counter.stages(sequences * sequence_length, activation_checkpointing, loss_head)
     weights = sum(held(tensor, tensor.size + counter.adapters(tensor), shards) for tensor in layout.mixture)
     parameters = sum(held(tensor, counter.trained(tensor), shards) for tensor in layout.mixture)
     whole, whole_trained = counter.largest_group() if shards > 1 else (0, 0)
@@ -179,7 +181,7 @@ class Counter:
         gradients = FP32 * sum(held(tensor, self.trained(tensor), self.shards) for tensor in tensors)
         return Stage(tokens * saved + copies + added, tokens * transient + added, gradients)
 
-    def stages(self, tokens: int, checkpointing: bool) -> list[Stage]:
+    def stages(self, tokens: int, checkpointing: bool, loss_head: bool = False) -> list[Stage]:
         """The forward's stages in their order; the last is the loss, which makes the logits' gradient beside them."""
         sizes, values = self.layout.model.sizes, self.layout.model.values
         vocab, tied = FP32 * sizes.vocab, self.layout.model.tied and self.learns("head")  # tied: two gradients, added
@@ -194,6 +196,10 @@ class Counter:
             stages += layer
         capped = self.width * sizes.vocab * bool(values.get("final_logit_softcapping"))
         head = self.norm(self.learns("norms")) + self.read(self.learns("head")) + capped
+        if loss_head and not capped:
+            made = self.width * sizes.hidden
+            last = self.stage("head", tokens, head + made, made)
+            return [*stages, replace(last, saved=last.saved + vocab * sizes.hidden * self.learns("head"))]
         stages.append(self.stage("head", tokens, head, vocab + self.width % FP32 * sizes.vocab))  # % FP32: of a cast
         return [*stages, Stage(tokens * vocab, tokens * vocab)]
 

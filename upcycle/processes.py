@@ -4,11 +4,16 @@ import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import Final
+from typing import Any, Final
 
 import torch
 from accelerate import Accelerator, PartialState
-from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs, ProjectConfiguration
+from accelerate.utils import (
+    DistributedDataParallelKwargs,
+    InitProcessGroupKwargs,
+    ProjectConfiguration,
+    broadcast_object_list,
+)
 
 from upcycle.errors import TrainingError
 from upcycle.losses import RouterLosses
@@ -67,6 +72,11 @@ def one_by_one(accelerator: Accelerator) -> Iterator[None]:
         if failed.item():
             raise TrainingError("the main process could not go on; its message says why")
         yield
+
+
+def from_main(value: Any, accelerator: Accelerator) -> Any:
+    """The main process's value, in all of them."""
+    return broadcast_object_list([value])[0] if accelerator.num_processes > 1 else value
 
 
 def mean_over_forwards(measured: Sequence[RouterLosses], forwards: int, accelerator: Accelerator) -> RouterLosses:

@@ -17,11 +17,11 @@ import torch
 from accelerate import Accelerator
 from torch.distributed.device_mesh import init_device_mesh
 
+from upcycle.acceleration import speed_up
 from upcycle.checkpoint import partial_folder, staging
 from upcycle.data import Domain
 from upcycle.errors import OutputError, TrainingError
 from upcycle.evaluate import measure
-from upcycle.experts import use_autocast_experts
 from upcycle.fit import check_memory, check_space, fit_micro_batch, free_memory
 from upcycle.losses import RouterLosses, forward_losses
 from upcycle.metrics import finite, router_metrics, tracked
@@ -171,7 +171,7 @@ class _Training:
         with one_by_one(self.accelerator):
             self._check_space()
             if self.main and not self.options.resume:
-                self.run.begin(record)
+                self.run.begin(record | self.acceleration.record())
         if self.options.log_with:
             config = {**settings.plain(), "shares": str(dict(settings.shares))}
             self.accelerator.init_trackers("upcycle", config=config)
@@ -245,8 +245,10 @@ class _Training:
             # The method's old name; transformers renames it.
             enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
             enable({"use_reentrant": False})
-        if settings.precision == "bf16" and self.facts.top_k and not self.sharded:
-            use_autocast_experts(model)
+        if not self.sharded:
+            model.to(accelerator.device)
+        former = self.run.record().get("experts_backend") if options.resume else None
+        self.acceleration = speed_up(model, settings, self.facts, accelerator, options.experts_backend, former)
         if settings.lora:
             model = add_lora(model, settings.lora)
         self.model = model  # as it is written; `self.wrapped` is what computes
@@ -296,6 +298,7 @@ class _Training:
             step=self.step,
             data={domain.name: domain.tokens.size for domain in domains},
             epochs=self.stream.epochs(settings.steps * settings.batch_size),
+            acceleration=list(self.acceleration.told),
             trained_parameters=sum(parameter.numel() for parameter in self.trained),
             parameters=sum(parameter.numel() for parameter in self.model.parameters()),
             training_flops_per_token=self.facts.training_flops(settings.sequence_length),
@@ -375,7 +378,8 @@ class _Training:
             last = start + settings.micro_batch_size == first + share
             # A sharded model exchanges gradients in every forward, so that none is ever whole.
             with contextlib.nullcontext() if last else accelerator.no_sync(self.wrapped):
-                nll, routers = forward_losses(self.wrapped, tokens, counted, self.facts.top_k)
+                head = self.acceleration.loss_head
+                nll, routers = forward_losses(self.wrapped, tokens, counted, self.facts.top_k, head)
                 # DDP and FSDP average the gradients of the processes, hence the factor.
                 loss = nll * (settings.processes / max(1, targets))
                 if routers:
@@ -392,9 +396,11 @@ class _Training:
         if not self.windows:
             return
         self.model.eval()
-        measured = measure(
-            self.wrapped, self.windows, self.facts.top_k, self.settings.micro_batch_size, self.accelerator
-        )
+        head = self.acceleration.loss_head
+        with head.off() if head else contextlib.nullcontext():
+            measured = measure(
+                self.wrapped, self.windows, self.facts.top_k, self.settings.micro_batch_size, self.accelerator
+            )
         self.model.train()
         self.heldout = {name: values["loss"] for name, values in measured.items()}
         self.first_heldout = self.first_heldout or self.heldout

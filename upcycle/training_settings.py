@@ -46,6 +46,10 @@ class TrainingOptions:
     optimizer: str = "adamw"
     precision: str | None = None
     activation_checkpointing: bool = False
+    experts_backend: str = "auto"
+    liger: bool = False
+    side_by_side: bool = False
+    compile: bool = False
     shard: bool = False
     eval_every: int | None = None
     eval_windows: int = 100
@@ -75,6 +79,9 @@ class Settings:
     optimizer: str
     precision: str
     activation_checkpointing: bool
+    liger: bool
+    side_by_side: bool
+    compile: bool
     shard: bool
     shares: Mapping[str, float]
     eval_every: int
@@ -254,6 +261,7 @@ def resolve(
         tokens = options.steps * batch * length
         rate = chosen("learning_rate", default_learning_rate(facts.seed_parameters or 10**9, tokens))
     _check_options(options, facts, processes, rate)
+    _check_acceleration(options, facts, cuda)
     settings = Settings(
         steps=options.steps,
         sequence_length=length,
@@ -271,6 +279,9 @@ def resolve(
         optimizer=options.optimizer,
         precision=options.precision or ("bf16" if cuda else "fp32"),
         activation_checkpointing=options.activation_checkpointing,
+        liger=options.liger,
+        side_by_side=options.side_by_side,
+        compile=options.compile,
         shard=options.shard,
         shares=options.shares,
         eval_every=options.eval_every or max(1, options.steps // 5),
@@ -301,3 +312,24 @@ def _check_options(options: TrainingOptions, facts: ModelFacts, processes: int, 
         )
     if options.shard and processes < 2:
         raise TrainingError("--shard spreads one model over several processes; start them with `accelerate launch`")
+
+
+def _check_acceleration(options: TrainingOptions, facts: ModelFacts, cuda: bool) -> None:
+    """Refuse what would make steps faster where it cannot."""
+    backend = options.experts_backend
+    wanted = {
+        f"--experts-backend {backend}": backend in ("fused", "liger", "sonicmoe"),
+        "--liger": options.liger,
+        "--side-by-side": options.side_by_side,
+    }
+    for option, given in wanted.items():
+        if given and not cuda:
+            raise TrainingError(f"{option} needs a CUDA device, and there is none; leave it out")
+    if options.shard and (options.compile or options.liger or options.side_by_side):
+        raise TrainingError("--shard does not go with --compile, --liger or --side-by-side")
+    if options.compile and options.side_by_side:
+        raise TrainingError("--compile does not go with --side-by-side: a compiled layer has no streams of its own")
+    if options.compile and options.activation_checkpointing:
+        raise TrainingError("--compile does not go with --activation-checkpointing: its layers would not stay whole")
+    if options.side_by_side and facts.kind != "bam":
+        raise TrainingError(f"--side-by-side is for mixtures in the bam format, and this model is {facts.kind}")

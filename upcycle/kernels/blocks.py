@@ -92,5 +92,11 @@ def blocks_on(dtype: torch.dtype, device: torch.device) -> Blocks:
     """The tiles for a number format on a CUDA device; ValueError elsewhere."""
     if device.type != "cuda":
         raise ValueError(f"the fused kernels run on CUDA, not on {device.type}; use another backend")
+    return blocks_for(dtype, _shared_memory(device))
+
+
+@torch.compiler.assume_constant_result
+def _shared_memory(device: torch.device) -> int:
+    """Bytes that a device offers to one program; a compiler need not look into how that is found."""
     properties: Any = torch.cuda.get_device_properties(device)  # torch's stubs lack the field
-    return blocks_for(dtype, properties.shared_memory_per_block_optin)
+    return int(properties.shared_memory_per_block_optin)

@@ -1,11 +1,12 @@
-"""The fused kernels as an experts implementation of transformers, named "upcycle_fused".
+"""The way to the fused kernels: as an experts implementation of transformers, and in attention experts' gates.
 
 `register()` once, then `model.set_experts_implementation("upcycle_fused")`; any model whose experts carry transformers'
 `use_experts_implementation` is served, the mixtures of this package among them.
 """
 
 import logging
-from functools import cache
+from collections.abc import Iterable
+from functools import partial
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, Final
 
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
 
 NAME: Final = "upcycle_fused"
 
+_HAS_TRITON: Final = find_spec("triton") is not None
 _log = logging.getLogger(__name__)
 _told: set[str] = set()
 
@@ -45,7 +47,7 @@ def fused_experts_forward(
     What the kernels cannot serve (biases, an activation other than SiLU and GELU, float64, no CUDA device) goes through
     the module's own loop over its experts, and a warning says so once for each reason.
     """
-    reason = unserved(self, hidden_states)
+    reason = unserved(self, hidden_states.dtype, hidden_states.device)
     if reason is not None:
         if reason not in _told:
             _told.add(reason)
@@ -65,8 +67,25 @@ def fused_experts_forward(
     return fused_experts(hidden_states, top_k_index, top_k_weights, wide_in, down, self.has_gate, activation)
 
 
-def unserved(module: Any, hidden_states: torch.Tensor) -> str | None:
-    """Why the kernels do not serve an experts module, or None if they do."""
+def use_fused_gates(modules: Iterable[Any]) -> None:
+    """Let attention experts' gated outputs (`GatedOutput`) scale heads by the fused kernel, where there is CUDA."""
+    for module in modules:
+        module.scale = partial(_scaled, type(module).scale, module)
+
+
+def _scaled(plain: Any, module: Any, heads: torch.Tensor, gates: torch.Tensor) -> torch.Tensor:
+    result: torch.Tensor
+    if not heads.is_cuda or heads.dtype == torch.float64:
+        result = plain(module, heads, gates)
+    else:
+        from .heads import gate_heads
+
+        result = gate_heads(heads, gates, module.key_value_heads)
+    return result
+
+
+def unserved(module: Any, dtype: torch.dtype, device: torch.device) -> str | None:
+    """Why the kernels do not serve an experts module for hidden states of a type on a device, or None if they do."""
     from transformers.integrations import moe
 
     for name, value in _PLAIN.items():
@@ -76,21 +95,13 @@ def unserved(module: Any, hidden_states: torch.Tensor) -> str | None:
         return "the fused kernels do not serve experts with a gating of their own"
     if activation_of(module.act_fn) is None:
         return f"the fused kernels know no activation {type(module.act_fn).__name__}, only SiLU and GELU"
-    dtype = hidden_states.dtype
     if dtype not in (torch.bfloat16, torch.float16, torch.float32):
         return f"the fused kernels compute in bfloat16, float16 or float32, not {dtype}"
-    if not torch.is_autocast_enabled(hidden_states.device.type) and module.down_proj.dtype != dtype:
+    if not torch.is_autocast_enabled(device.type) and module.down_proj.dtype != dtype:
         return f"the fused kernels want one type, not {dtype} hidden states and {module.down_proj.dtype} weights"
-    if not hidden_states.is_cuda:
-        return f"the fused kernels run on CUDA, not on {hidden_states.device.type}"
-    if not _has_triton():
-        return "the fused kernels need triton (pip install triton)"
-    return None
-
-
-@cache
-def _has_triton() -> bool:
-    return find_spec("triton") is not None
+    if device.type != "cuda":
+        return f"the fused kernels run on CUDA, not on {device.type}"
+    return None if _HAS_TRITON else "the fused kernels need triton (pip install triton)"
 
 
 def activation_of(act_fn: Any) -> "Activation | None":

@@ -1,11 +1,12 @@
 """Routed FFN experts on fused kernels, with their gradients; `reference.experts` is the definition.
 
-Kept for the backward: the pre-activation `[M, W]`, and the inputs. Every sum has one fixed order, so the same inputs
-give the same bits.
+Forward and backward are one custom operator each, so that torch.compile takes a layer whole. Kept for the backward: the
+pre-activation `[M, W]`, and the inputs. Every sum has one fixed order, so the same inputs give the same bits.
 
 Axes: T tokens, K experts per token, M = T * K slots, N experts, D hidden, I inner, W = 2I (gated) or I.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,7 +29,7 @@ class Layout:
 
     experts_per_token: int
     gated: bool
-    activation: Activation
+    activation: str
     blocks: Blocks
     save: bool
 
@@ -41,23 +42,21 @@ def fused_experts(
     down: torch.Tensor,
     gated: bool,
     activation: Activation,
-    blocks: Blocks | None = None,
 ) -> torch.Tensor:
     """`reference.experts` in the type of `hidden [T, D]`: bf16, fp16 or fp32, which both weights share; sums in fp32.
 
-    Runs on CUDA; under Triton's interpreter on the CPU, with `blocks` given. Raises ValueError for other types, shapes
-    that do not belong together, or an unknown activation. An index outside 0..N-1 is not checked: that would make the
-    host wait for the device.
+    Runs on CUDA, or on the CPU under Triton's interpreter. Raises ValueError for other types, shapes that do not belong
+    together, or an unknown activation. An index outside 0..N-1 is not checked: that would make the host wait for the
+    device.
     """
     _check(hidden, index, gates, wide_in, down, gated, activation)
     if hidden.shape[0] == 0:
         return hidden + 0 * (gates.sum() + wide_in.sum() + down.sum()).to(hidden.dtype)
     save = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (hidden, gates, wide_in, down))
-    layout = Layout(index.shape[1], gated, activation, blocks or blocks_on(hidden.dtype, hidden.device), save)
-    with torch.cuda.device_of(hidden):
-        schedule = make_schedule(index, down.shape[0], layout.blocks.rows)
-        result: torch.Tensor = FusedExperts.apply(hidden, gates, wide_in, down, schedule, layout)
-        return result
+    schedule = make_schedule(index, down.shape[0], blocks_on(hidden.dtype, hidden.device).rows)
+    output: torch.Tensor
+    output, _ = routed_experts(hidden, gates, wide_in, down, *schedule.tensors(), gated, activation, save)
+    return output
 
 
 def _check(
@@ -89,50 +88,94 @@ def _check(
         raise ValueError(f"no activation {activation!r}; known: {', '.join(ACTIVATIONS)}")
 
 
-class FusedExperts(torch.autograd.Function):
-    """Forward and backward of `fused_experts` for a given schedule."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        hidden: torch.Tensor,
-        gates: torch.Tensor,
-        wide_in: torch.Tensor,
-        down: torch.Tensor,
-        schedule: Schedule,
-        layout: Layout,
-    ) -> torch.Tensor:
-        """`[T, D]` from `hidden [T, D]`, `gates [T, K]`, `wide_in [N, W, D]`, `down [N, D, I]`."""
-        hidden, gates, wide_in, down = (tensor.contiguous() for tensor in (hidden, gates, wide_in, down))
+def forward(
+    hidden: torch.Tensor,
+    gates: torch.Tensor,
+    wide_in: torch.Tensor,
+    down: torch.Tensor,
+    order: torch.Tensor,
+    offsets: torch.Tensor,
+    tile_expert: torch.Tensor,
+    tile_start: torch.Tensor,
+    gated: bool,
+    activation: str,
+    save: bool,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Output `[T, D]`, and the pre-activation `[M, W]` (empty if no backward follows), for a given schedule."""
+    layout = Layout(gates.shape[1], gated, activation, blocks_on(hidden.dtype, hidden.device), save)
+    schedule = Schedule(order, offsets, tile_expert, tile_start)
+    hidden, gates, wide_in, down = (tensor.contiguous() for tensor in (hidden, gates, wide_in, down))
+    with torch.cuda.device_of(hidden):
         before, inner = _up(hidden, wide_in, down.shape[2], schedule, layout)
         slots = _rowwise(inner, down, True, schedule, layout)
-        if layout.save:
-            ctx.save_for_backward(hidden, gates, wide_in, down, before)
-            ctx.schedule, ctx.layout = schedule, layout
-        return _sum(slots, gates, layout)
+        return _sum(slots, gates, layout), before
 
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, output_gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        """Gradients of hidden states, gates and both weights, those that are wanted."""
-        hidden, gates, wide_in, down, before = ctx.saved_tensors
-        schedule, layout = ctx.schedule, ctx.layout
-        for_hidden, for_gates, for_wide_in, for_down = ctx.needs_input_grad[:4]
-        output_gradient = output_gradient.contiguous()
-        with torch.cuda.device_of(hidden):
-            before_gradient, gated_inner, gates_gradient = _activation_backward(
-                output_gradient, down, before, gates, schedule, layout
-            )
-            hidden_gradient = wide_in_gradient = down_gradient = None
-            if for_down:
-                down_gradient = _weight_backward(output_gradient, gated_inner, down, True, schedule, layout)
-            del gated_inner  # before the next large allocation
-            if for_wide_in:
-                wide_in_gradient = _weight_backward(before_gradient, hidden, wide_in, False, schedule, layout)
-            if for_hidden:
-                slots = _rowwise(before_gradient, wide_in, False, schedule, layout)
-                hidden_gradient = _sum(slots, None, layout)
-        return hidden_gradient, gates_gradient if for_gates else None, wide_in_gradient, down_gradient, None, None
+
+def backward(
+    output_gradient: torch.Tensor,
+    hidden: torch.Tensor,
+    gates: torch.Tensor,
+    wide_in: torch.Tensor,
+    down: torch.Tensor,
+    before: torch.Tensor,
+    order: torch.Tensor,
+    offsets: torch.Tensor,
+    tile_expert: torch.Tensor,
+    tile_start: torch.Tensor,
+    gated: bool,
+    activation: str,
+    wanted: Sequence[bool],
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Gradients of hidden states, gates and both weights, those that are `wanted`; the others are empty."""
+    layout = Layout(gates.shape[1], gated, activation, blocks_on(hidden.dtype, hidden.device), True)
+    schedule = Schedule(order, offsets, tile_expert, tile_start)
+    output_gradient, hidden, gates, wide_in, down = (
+        tensor.contiguous() for tensor in (output_gradient, hidden, gates, wide_in, down)
+    )
+    hidden_gradient, _, wide_in_gradient, down_gradient = (x.new_empty(0) for x in (hidden, gates, wide_in, down))
+    with torch.cuda.device_of(hidden):
+        before_gradient, gated_inner, gates_gradient = _activation_backward(
+            output_gradient, down, before, gates, schedule, layout
+        )
+        if wanted[3]:
+            down_gradient = _weight_backward(output_gradient, gated_inner, down, True, schedule, layout)
+        del gated_inner  # before the next large allocation
+        if wanted[2]:
+            wide_in_gradient = _weight_backward(before_gradient, hidden, wide_in, False, schedule, layout)
+        if wanted[0]:
+            hidden_gradient = _sum(_rowwise(before_gradient, wide_in, False, schedule, layout), None, layout)
+    return hidden_gradient, gates_gradient if wanted[1] else gates.new_empty(0), wide_in_gradient, down_gradient
+
+
+routed_experts = torch.library.custom_op("upcycle::routed_experts", forward, mutates_args=())
+routed_experts_backward = torch.library.custom_op("upcycle::routed_experts_backward", backward, mutates_args=())
+
+
+@routed_experts.register_fake
+def _(hidden: Any, gates: Any, wide_in: Any, down: Any, order: Any, *others: Any) -> Any:
+    save = others[-1]
+    before = hidden.new_empty(order.shape[0] if save else 0, wide_in.shape[1])
+    return hidden.new_empty(hidden.shape), before
+
+
+@routed_experts_backward.register_fake
+def _(output_gradient: Any, hidden: Any, gates: Any, wide_in: Any, down: Any, *others: Any) -> Any:
+    wanted = others[-1]
+    return tuple(x.new_empty(x.shape if w else 0) for x, w in zip((hidden, gates, wide_in, down), wanted, strict=True))
+
+
+def _keep(ctx: Any, inputs: Any, output: Any) -> None:
+    *tensors, ctx.gated, ctx.activation, _ = inputs
+    ctx.save_for_backward(*tensors[:4], output[1], *tensors[4:])
+
+
+def _gradients(ctx: Any, output_gradient: torch.Tensor, _: Any) -> tuple[torch.Tensor | None, ...]:
+    wanted = list(ctx.needs_input_grad[:4])
+    found = routed_experts_backward(output_gradient, *ctx.saved_tensors, ctx.gated, ctx.activation, wanted)
+    return *(gradient if w else None for gradient, w in zip(found, wanted, strict=True)), *[None] * 7
+
+
+routed_experts.register_autograd(_gradients, setup_context=_keep)
 
 
 def _metadata(schedule: Schedule) -> tuple[torch.Tensor | int, ...]:

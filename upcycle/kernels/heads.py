@@ -73,39 +73,60 @@ def gate_heads(heads: torch.Tensor, gates: torch.Tensor, key_value_heads: int) -
             f"heads are shaped {tuple(heads.shape)}, gates {tuple(gates.shape)}: expected the same tokens, and a width "
             f"that {key_value_heads} key/value heads of {gates.shape[-1]} experts divide"
         )
-    result: torch.Tensor = GateHeads.apply(heads, gates, key_value_heads)
-    return result
+    scaled: torch.Tensor = scaled_heads(heads, gates, key_value_heads)
+    return scaled
 
 
-class GateHeads(torch.autograd.Function):
-    """Forward and backward of `gate_heads`."""
+def forward(heads: torch.Tensor, gates: torch.Tensor, key_value_heads: int) -> torch.Tensor:
+    """Shaped as `heads [B, S, H * N * G]`; `gates [B, S, N]`."""
+    heads, gates = heads.contiguous(), gates.contiguous()
+    scaled = torch.empty(heads.shape, dtype=heads.dtype, device=heads.device)
+    with torch.cuda.device_of(heads):
+        if heads.numel():
+            scale_kernel[(gates.numel(),)](heads, gates, scaled, **_sizes(heads, gates, key_value_heads))
+    return scaled
 
-    @staticmethod
-    def forward(ctx: Any, heads: torch.Tensor, gates: torch.Tensor, key_value_heads: int) -> torch.Tensor:
-        """Shaped as `heads [B, S, H * N * G]`; `gates [B, S, N]`."""
-        heads, gates = heads.contiguous(), gates.contiguous()
-        ctx.save_for_backward(heads, gates)
-        ctx.key_value_heads = key_value_heads
-        scaled = torch.empty(heads.shape, dtype=heads.dtype, device=heads.device)
-        with torch.cuda.device_of(heads):
-            if heads.numel():
-                scale_kernel[(gates.numel(),)](heads, gates, scaled, **_sizes(heads, gates, key_value_heads))
-        return scaled
 
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, scaled_gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        """Gradients of heads and gates."""
-        heads, gates = ctx.saved_tensors
-        heads_gradient = torch.empty(heads.shape, dtype=heads.dtype, device=heads.device)
-        gates_gradient = torch.empty(gates.shape, dtype=gates.dtype, device=gates.device)
-        with torch.cuda.device_of(heads):
-            if heads.numel():
-                scale_backward_kernel[(gates.numel(),)](
-                    *(scaled_gradient.contiguous(), heads, gates, heads_gradient, gates_gradient),
-                    **_sizes(heads, gates, ctx.key_value_heads),
-                )
-        return heads_gradient, gates_gradient, None
+def backward(
+    scaled_gradient: torch.Tensor, heads: torch.Tensor, gates: torch.Tensor, key_value_heads: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Gradients of heads and gates."""
+    scaled_gradient, heads, gates = scaled_gradient.contiguous(), heads.contiguous(), gates.contiguous()
+    heads_gradient = torch.empty(heads.shape, dtype=heads.dtype, device=heads.device)
+    gates_gradient = torch.empty(gates.shape, dtype=gates.dtype, device=gates.device)
+    with torch.cuda.device_of(heads):
+        if heads.numel():
+            scale_backward_kernel[(gates.numel(),)](
+                *(scaled_gradient, heads, gates, heads_gradient, gates_gradient),
+                **_sizes(heads, gates, key_value_heads),
+            )
+    return heads_gradient, gates_gradient
+
+
+scaled_heads = torch.library.custom_op("upcycle::scaled_heads", forward, mutates_args=())
+scaled_heads_backward = torch.library.custom_op("upcycle::scaled_heads_backward", backward, mutates_args=())
+
+
+@scaled_heads.register_fake
+def _(heads: Any, gates: Any, key_value_heads: int) -> Any:
+    return heads.new_empty(heads.shape)
+
+
+@scaled_heads_backward.register_fake
+def _(scaled_gradient: Any, heads: Any, gates: Any, key_value_heads: int) -> Any:
+    return heads.new_empty(heads.shape), gates.new_empty(gates.shape)
+
+
+def _keep(ctx: Any, inputs: Any, output: Any) -> None:
+    *tensors, ctx.key_value_heads = inputs
+    ctx.save_for_backward(*tensors)
+
+
+def _gradients(ctx: Any, scaled_gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    return *scaled_heads_backward(scaled_gradient, *ctx.saved_tensors, ctx.key_value_heads), None
+
+
+scaled_heads.register_autograd(_gradients, setup_context=_keep)
 
 
 def _sizes(heads: torch.Tensor, gates: torch.Tensor, key_value_heads: int) -> dict[str, int]:

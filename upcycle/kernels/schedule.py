@@ -27,6 +27,10 @@ class Schedule:
     tile_expert: torch.Tensor
     tile_start: torch.Tensor
 
+    def tensors(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+        """All four, in their order."""
+        return self.order, self.offsets, self.tile_expert, self.tile_start
+
 
 def make_schedule(index: torch.Tensor, num_experts: int, rows: int) -> Schedule:
     """The schedule of a routing `index [T, K]` over `num_experts`, for tiles of `rows` rows."""

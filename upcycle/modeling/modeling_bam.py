@@ -140,9 +140,13 @@ class GatedOutput(nn.Module):
         """Heads `[B, S, H * N * d]`, ordered (key/value head, expert, head in its group), to `[B, S, D]`."""
         assert self.gates is not None, "the attention's pre-hook routes first"
         gates, self.gates = self.gates.to(heads.dtype), None
-        gated = heads.unflatten(-1, (self.key_value_heads, self.experts, -1)) * gates[..., None, :, None]
-        output = self.linear(gated.flatten(-3))
+        output = self.linear(self.scale(heads, gates))
         return output if self.bias is None else output + gates @ self.bias
+
+    def scale(self, heads: torch.Tensor, gates: torch.Tensor) -> torch.Tensor:
+        """Heads times their expert's gate `[B, S, N]`; a training may put a fused kernel in this method's place."""
+        by_expert = heads.unflatten(-1, (self.key_value_heads, self.experts, -1))
+        return (by_expert * gates[..., None, :, None]).flatten(-3)
 
 
 class ExpertNorm(nn.Module):
@@ -391,31 +395,31 @@ class BamForCausalLM(BamPreTrainedModel, GenerationMixin):
             inputs: Any = inputs_embeds if input_ids is None else input_ids
             length = inputs.shape[1]
             mask = attention_mask[:, -length:].reshape(-1)  # earlier columns are the cache's
-        return self._with_router_losses(outputs, ffn_logits, attention_logits, mask)
+        ffn, attention = ([logits for own in lists for logits in own] for lists in (ffn_logits, attention_logits))
+        return self._with_router_losses(outputs, ffn, attention, mask)
 
     def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> Any:
         """The family's own: Phi3's begins anew where its positions switch from short to long."""
         return self.dense.prepare_inputs_for_generation(*args, **kwargs)
 
     @contextmanager
-    def _collecting(self, wanted: bool) -> Iterator[tuple[list[torch.Tensor], list[torch.Tensor]]]:
-        """Two lists that the layers' routers fill with logits `[T, N]` within the block, and never outside it."""
-        ffn: list[torch.Tensor] = []
-        attention: list[torch.Tensor] = []
-        if wanted:
-            self._collect(ffn, attention)
-        try:
-            yield ffn, attention
-        finally:
-            if wanted:
-                self._collect(None, None)
+    def _collecting(self, wanted: bool) -> Iterator[tuple[list[list[torch.Tensor]], list[list[torch.Tensor]]]]:
+        """Lists that the FFNs' and the attentions' routers fill with logits `[T, N]` within the block, never outside.
 
-    def _collect(self, ffn: list[torch.Tensor] | None, attention: list[torch.Tensor] | None) -> None:
-        layout = self.config.dense_layout
-        for layer in self.dense.base_model.layers:
-            layer.mlp.collected = ffn
-            if self.config.attention_experts:
-                getattr(getattr(layer, layout["attention"]), layout["output"]).collected = attention
+        Each router has a list of its own: all layers then look alike to a compiler, which compiles one for all.
+        """
+        layout, layers = self.config.dense_layout, self.dense.base_model.layers if wanted else []
+        ffn = [layer.mlp for layer in layers]
+        attention = []
+        if self.config.attention_experts:
+            attention = [getattr(getattr(layer, layout["attention"]), layout["output"]) for layer in layers]
+        for module in (*ffn, *attention):
+            module.collected = []
+        try:
+            yield [module.collected for module in ffn], [module.collected for module in attention]
+        finally:
+            for module in (*ffn, *attention):
+                module.collected = None
 
     def _with_router_losses(
         self, outputs: Any, ffn: list[torch.Tensor], attention: list[torch.Tensor], mask: torch.Tensor | None
