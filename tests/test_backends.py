@@ -28,6 +28,7 @@ def test_on_a_cpu_auto_is_what_transformers_does(made):
     backend = choose(model)
     assert (backend.name, backend.seconds) == ("grouped_mm", {})
     use_backend(model, backend)
+    assert model.config._experts_implementation == "grouped_mm"  # its very function
     assert torch.equal(model(X).logits, expected)
     assert choose(model, dtype=torch.float64).name == "eager"
 

@@ -8,7 +8,7 @@ import logging
 import statistics
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Final
 
 import torch
@@ -34,11 +34,17 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Backend:
-    """The choice and why it was made; `seconds` of one layer's experts by each backend that was measured."""
+    """The choice and why it was made.
+
+    Attributes:
+        seconds: of one layer's experts by each backend that was measured.
+        autocast: whether weights are of another type than products, so that autocast must be followed.
+    """
 
     name: str
     reason: str
     seconds: Mapping[str, float] = field(default_factory=dict)
+    autocast: bool = True
 
 
 def choose_backend(
@@ -60,17 +66,17 @@ def choose_backend(
     if not stacks:
         return None
     stack, device = stacks[0], _device(stacks[0])
-    shape = _stand_in(stack, dtype, "meta")
+    shape, autocast = _stand_in(stack, dtype, "meta"), stack.down_proj.dtype != dtype
     reasons = {name: _unserved(name, shape, dtype, device) for name in BACKENDS if name != AUTO}
     if wanted != AUTO:
         if reasons[wanted] is not None:
             raise UpcycleError(f"--experts-backend {wanted}: {reasons[wanted]}; leave the choice to 'auto'")
-        return Backend(wanted, "asked for")
+        return Backend(wanted, "asked for", autocast=autocast)
     if device.type == "cuda":
         names = [name for name in MEASURED if reasons[name] is None]
-        return _fastest(names, _stand_in(stack, dtype, device), tokens, top_k, backward)
+        return replace(_fastest(names, _stand_in(stack, dtype, device), tokens, top_k, backward), autocast=autocast)
     name = "grouped_mm" if reasons["grouped_mm"] is None else "eager"
-    return Backend(name, f"transformers' own, as nothing is faster on {device.type}")
+    return Backend(name, f"transformers' own, as nothing is faster on {device.type}", autocast=autocast)
 
 
 def _device(stack: Any) -> torch.device:
@@ -81,12 +87,12 @@ def _device(stack: Any) -> torch.device:
 def use_backend(model: Any, backend: Backend) -> None:
     """Let a model's experts, and with "fused" the gates of its attention experts, be computed by a backend."""
     _log.info("experts backend %s: %s", backend.name, backend.reason)
-    model.set_experts_implementation(_implementation(backend.name))
+    model.set_experts_implementation(_implementation(backend.name, backend.autocast))
     if backend.name == "fused":
         dispatch.use_fused_gates(attention_experts(model).values())
 
 
-def _implementation(name: str) -> str:
+def _implementation(name: str, autocast: bool) -> str:
     """The name by which transformers knows a backend, registered there."""
     if name == "fused":
         dispatch.register()
@@ -94,7 +100,7 @@ def _implementation(name: str) -> str:
     if name == "liger":
         liger.register_experts()
         return liger.NAME
-    return name if name == "eager" else follow_autocast(name)
+    return follow_autocast(name) if autocast and name != "eager" else name  # the loop follows it itself
 
 
 def _unserved(name: str, experts: Any, dtype: torch.dtype, device: torch.device) -> str | None:
@@ -156,7 +162,9 @@ def layer_seconds(name: str, experts: Any, tokens: int, top_k: int, backward: bo
     from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
     down = experts.down_proj
-    function = ALL_EXPERTS_FUNCTIONS.get(_implementation(name), type(experts).forward.__wrapped__)  # its own: "eager"
+    function = ALL_EXPERTS_FUNCTIONS.get(
+        _implementation(name, False), type(experts).forward.__wrapped__
+    )  # its own: "eager"
     generator = torch.Generator(down.device).manual_seed(0)
 
     def draw(width: int) -> torch.Tensor:
