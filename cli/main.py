@@ -13,7 +13,7 @@ import typer
 from upcycle.errors import UpcycleError
 from upcycle.version import __version__
 
-from . import demo, evaluate, extract, generate, inspect, merge, output, plan, recipes, report, train
+from . import demo, evaluate, extract, generate, inspect, merge, output, plan, recipes, report, train, verify
 
 # Options that take every word up to the next one that begins with `-`.
 LIST_OPTIONS = ("--seeds", "--set", "--data", "--eval-data", "--mix", "--tasks")
@@ -34,6 +34,7 @@ for function in (
     report.report,
     recipes.recipes,
     inspect.inspect,
+    verify.verify,
     extract.extract,
     generate.generate,
     demo.demo,

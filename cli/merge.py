@@ -112,12 +112,19 @@ def show_plan(
 
 def run(plan: "MergePlan", out: Path, max_shard_size: int, overwrite: bool, as_json: bool) -> None:
     """Write a plan's checkpoint with a progress bar, and say what was made and how to load it."""
+    from upcycle.checkpoint import partial_folder
     from upcycle.merge import merge
     from upcycle.scaling import DEFAULT_CONTEXT, plan_cost
 
     cost, _ = plan_cost(plan, max_shard_size, DEFAULT_CONTEXT)
     with output.byte_progress(f"{plan.recipe.name} → {out}", plan.nbytes) as progress:
-        result = merge(plan, out, max_shard_size=max_shard_size, overwrite=overwrite, progress=progress)
+        try:
+            result = merge(
+                plan, out, max_shard_size=max_shard_size, overwrite=overwrite, progress=progress, tell=output.note
+            )
+        except KeyboardInterrupt:
+            output.note(f"the same command goes on from what was written, in {partial_folder(out)}")
+            raise
     if as_json:
         output.data_object({**output.result_object(plan, out, result.bytes_written, result.seconds), **asdict(cost)})
         return

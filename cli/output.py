@@ -36,6 +36,11 @@ def warning(message: str) -> None:
     _message("warning:", "1;33", message)
 
 
+def note(message: str) -> None:
+    """What the user may like to know, on stderr."""
+    _message("note:", "1;36", message)
+
+
 def _message(label: str, style: str, message: str) -> None:
     if sys.stderr is None:
         return

@@ -340,7 +340,7 @@ def test_a_failed_overwrite_keeps_the_former_result(seeds, tmp_path):
 
 @pytest.mark.parametrize("which", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
 def test_a_stopped_merge_leaves_nothing_that_looks_finished(which, seeds, tmp_path):
-    """Stopped in the middle by a slow write; afterwards a plain second run ends with the same bytes."""
+    """Stopped in the middle by a slow write; afterwards the same merge goes on and ends with the same bytes."""
     script = (
         "import os, signal, time\nreal = os.pwrite\n"
         "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # a test run in the background ignores it
@@ -359,8 +359,12 @@ def test_a_stopped_merge_leaves_nothing_that_looks_finished(which, seeds, tmp_pa
         assert process.returncode == 130
         assert b"interrupted" in stderr
         assert b"Traceback" not in stderr
-        assert {path.name for path in tmp_path.iterdir()} == {"code", "law", "math"}
-    merge(make_plan(seeds), tmp_path / "out")
+        assert b"the same command goes on from what was written" in stderr
+    assert {path.name for path in tmp_path.iterdir()} == {"code", "law", "math", ".out.upcycle-partial"}
+    told = []
+    merge(make_plan(seeds), tmp_path / "out", tell=told.append)
+    assert len(told) == 1
+    assert "going on after an interrupted merge" in told[0]
     merge(make_plan(seeds), tmp_path / "undisturbed")
     assert digests(tmp_path / "out") == digests(tmp_path / "undisturbed")
     assert {path.name for path in tmp_path.iterdir()} == {"code", "law", "math", "out", "undisturbed"}

@@ -5,7 +5,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -17,6 +17,7 @@ WEIGHTS: Final = "model.safetensors"
 INDEX: Final = "model.safetensors.index.json"
 CONFIG: Final = "config.json"
 PROVENANCE: Final = "upcycle.json"
+SUMS: Final = "upcycle.sums.json"
 TOKENIZER_CONFIG: Final = "tokenizer_config.json"
 # What a result takes over byte for byte, from the first seed.
 COPIED_FILES: Final = (
@@ -50,6 +51,7 @@ MAX_HEADER: Final = 25_000_000  # real headers stay below 5 MB
 MAX_DIMENSIONS: Final = 8
 MAX_INDEX: Final = 25_000_000
 MAX_JSON: Final = 4_000_000  # a config.json or an upcycle.json
+MAX_VALUES: Final = 1_500_000  # in any of these: 100,000 tensors have 1,300,000
 
 
 @dataclass(frozen=True)
@@ -74,7 +76,7 @@ def read_json(path: Path, limit: int = MAX_JSON) -> dict[str, Any]:
             raise CheckpointError(f"{path} is no plain file; expected a JSON file")
         if path.stat().st_size > limit:
             raise CheckpointError(f"{path}: {path.stat().st_size} bytes, expected at most {limit}")
-        value = json.loads(path.read_bytes())
+        value = _parse(path.read_bytes())
     except (FileNotFoundError, NotADirectoryError):
         raise CheckpointError(f"{path} is missing") from None
     except (OSError, ValueError, RecursionError) as error:
@@ -82,6 +84,14 @@ def read_json(path: Path, limit: int = MAX_JSON) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise CheckpointError(f"{path}: expected a JSON object, found {type(value).__name__}")
     return value
+
+
+def _parse(data: bytes, **options: Any) -> Any:
+    """JSON of so few values that they fit into memory: 25 MB have room for some that would take a gigabyte."""
+    values = data.count(b",") + data.count(b":") + data.count(b"[") + data.count(b"{")
+    if values > MAX_VALUES:
+        raise ValueError(f"about {values:,} values, expected at most {MAX_VALUES:,}")
+    return json.loads(data, **options)
 
 
 def read_tensors(folder: Path) -> dict[str, TensorInfo]:
@@ -129,7 +139,7 @@ def read_header(file: Path) -> dict[str, TensorInfo]:
                     f"{file}: a header of {length} bytes is announced, but the file has {size} bytes "
                     f"and a header at most {MAX_HEADER}; it is truncated or no safetensors file"
                 )
-            header = json.loads(handle.read(length), object_pairs_hook=_unique)
+            header = _parse(handle.read(length), object_pairs_hook=_unique)
     except FileNotFoundError:
         raise CheckpointError(f"{file} is missing") from None
     except (OSError, ValueError, RecursionError) as error:
@@ -150,6 +160,13 @@ def read_header(file: Path) -> dict[str, TensorInfo]:
             f"{file}: the header describes {end} bytes, the file has {size}; it is truncated or damaged"
         )
     return tensors
+
+
+def read_header_bytes(file: Path) -> bytes:
+    """The first bytes of a safetensors file: its header's length, and its header as far as `read_header` takes one."""
+    with file.open("rb") as handle:
+        prefix = handle.read(8)
+        return prefix + handle.read(min(int.from_bytes(prefix, "little"), MAX_HEADER))
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -269,7 +286,7 @@ def _check_target(out: Path, overwrite: bool, sources: Sequence[Path]) -> None:
         raise OutputError(f"output {out} exists and is no folder; choose another --out")
     if not any(out.iterdir()):
         return
-    ours = {INDEX, CONFIG, PROVENANCE, *COPIED_FILES, *MODELING_FILES}
+    ours = {INDEX, CONFIG, PROVENANCE, SUMS, *COPIED_FILES, *MODELING_FILES}
     foreign = sorted(path.name for path in out.iterdir() if not (path.name in ours or path.match("model*.safetensors")))
     if foreign or not (out / PROVENANCE).is_file():
         holds = f"holds '{foreign[0]}'" if foreign else "is no result of upcycle"
@@ -279,10 +296,11 @@ def _check_target(out: Path, overwrite: bool, sources: Sequence[Path]) -> None:
 
 
 @contextmanager
-def staging(out: Path, check: Callable[[], None] = lambda: None) -> Iterator[Path]:
+def staging(out: Path, check: Callable[[], None] = lambda: None, resumable: bool = False) -> Iterator[Path]:
     """A folder beside `out` to write into, renamed to `out` when the block ends well and removed when it does not.
 
-    `check` runs once more just before the renaming: somebody may have put something at `out` meanwhile.
+    `check` runs once more just before the renaming: somebody may have put something at `out` meanwhile. If `resumable`,
+    the block finds what a killed or interrupted one before it left, else an empty folder.
 
     Raises:
         OutputError: the folder cannot be made, or another process is writing it.
@@ -291,6 +309,7 @@ def staging(out: Path, check: Callable[[], None] = lambda: None) -> Iterator[Pat
     partial = partial_folder(out)
     if partial.is_symlink():
         raise OutputError(f"{partial} is a link, and what it leads to is not emptied; remove it")
+    made = [folder for folder in out.parents if not folder.exists()]
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         partial.mkdir(exist_ok=True)
@@ -304,17 +323,27 @@ def staging(out: Path, check: Callable[[], None] = lambda: None) -> Iterator[Pat
         raise OutputError(f"another process is writing {partial}; wait for it, or choose another --out") from None
     try:
         _restore(out)
-        for stale in partial.iterdir():  # a killed run's remains
-            shutil.rmtree(stale) if stale.is_dir() else stale.unlink()
+        if not resumable:
+            empty(partial)  # of a killed run's remains
         yield partial
         os.fsync(lock)
         check()
         _replace(partial, out)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
+    except BaseException as error:
+        if not (resumable and isinstance(error, KeyboardInterrupt)):
+            shutil.rmtree(partial, ignore_errors=True)
+            with suppress(OSError):  # somebody else may have put something there
+                for folder in made:
+                    folder.rmdir()
         raise
     finally:
         os.close(lock)
+
+
+def empty(folder: Path) -> None:
+    """Remove what a folder holds; of links the link."""
+    for stale in folder.iterdir():
+        shutil.rmtree(stale) if stale.is_dir() and not stale.is_symlink() else stale.unlink()
 
 
 def partial_folder(out: Path) -> Path:
@@ -353,3 +382,10 @@ def free_bytes(folder: Path) -> int:
     while not folder.exists():
         folder = folder.parent
     return shutil.disk_usage(folder).free
+
+
+def allocated_bytes(folder: Path) -> int:
+    """Bytes of the disk that a folder's files take, which may be sparse; 0 where there is no folder."""
+    if not folder.is_dir():
+        return 0
+    return sum(512 * file.lstat().st_blocks for file in folder.iterdir() if file.is_file())

@@ -1,7 +1,9 @@
 """Runs a plan: raw bytes from the sources' files to the output's, in constant memory and at the disk's speed.
 
-Two threads take jobs of a few MiB from one list, so that reading, checking and writing overlap. A job either copies a
-stretch of bytes, assembles some rows of a strided tensor in a buffer, averages, or draws a router.
+Two threads take tensors from one list, so that reading, checking and writing overlap. A tensor's bytes are made by jobs
+of a few MiB, in order: a job copies a stretch of bytes, assembles some rows of a strided tensor in a buffer, averages,
+or draws a router. What is made is summed and written; a finished tensor is noted in a journal, by which a killed merge
+can go on.
 """
 
 import errno
@@ -17,7 +19,7 @@ from dataclasses import dataclass
 from functools import partial
 from math import prod
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import numpy as np
 from numpy.random import RandomState
@@ -31,14 +33,18 @@ from upcycle.checkpoint import (
     TOKENIZER_CONFIG,
     Shard,
     TensorInfo,
+    allocated_bytes,
     check_target,
     free_bytes,
     index_json,
+    partial_folder,
     plan_shards,
     staging,
     write_json,
 )
+from upcycle.checksums import TensorSum, sums_of, write_sums
 from upcycle.errors import CheckpointError, OutputError, SeedError
+from upcycle.journal import Journal, identity, stamp
 from upcycle.numeric import FLOATS, Array, first_not_finite, to_float32
 from upcycle.plan import MergePlan, Part, PlannedGroup, PlannedTensor, RandomInit, Source
 
@@ -66,8 +72,11 @@ def merge(
     max_shard_size: int = MAX_SHARD_SIZE,
     overwrite: bool = False,
     progress: Callable[[int], None] | None = None,
+    tell: Callable[[str], None] | None = None,
 ) -> MergeResult:
     """Write a plan's checkpoint to `out`, whole or not at all.
+
+    What the same merge wrote before it was killed or interrupted is taken up again, if its checksums are right.
 
     Args:
         plan: what to write.
@@ -75,10 +84,12 @@ def merge(
         max_shard_size: bytes of weights in one file.
         overwrite: replace a former result at `out`.
         progress: called with the number of bytes written since the last call.
+        tell: called with a sentence where something is taken up again, or why it is not.
 
     Raises:
         OutputError: the folder exists, the disk is full or cannot be written.
-        SeedError: a source holds a NaN or an infinity, or a value that the wanted dtype cannot hold.
+        SeedError: a source holds a NaN or an infinity, or a value that the wanted dtype cannot hold, or it changed
+            meanwhile.
         CheckpointError: a source file became shorter or cannot be read.
     """
     began = time.monotonic()
@@ -86,12 +97,17 @@ def merge(
     check()
     copied = sum(file.stat().st_size for file in plan.copied.values())
     free, needed = free_bytes(out.resolve().parent), plan.nbytes + copied + MARGIN
-    if free < needed:
+    if free + allocated_bytes(partial_folder(out)) < needed:
         raise OutputError(f"output {out} needs {needed:,} bytes, but only {free:,} are free on that disk")
     shards = plan_shards([(tensor.name, tensor.dtype, tensor.shape) for tensor in plan.tensors], max_shard_size)
+    same = identity(plan.digest(), max_shard_size, {source.name: source.tensors for source in plan.sources})
     try:
-        with staging(out, check) as folder:
-            _write_weights(plan, folder, shards, progress or (lambda _: None))
+        with staging(out, check, resumable=True) as folder:
+            journal = Journal(folder, same)
+            try:
+                sums = _write_weights(plan, folder, shards, journal, progress or _ignore, tell or _ignore)
+            finally:
+                journal.close()
             for name, source in plan.copied.items():
                 shutil.copyfile(source, folder / name)
             if plan.tokenizer_config is not None:
@@ -100,6 +116,9 @@ def merge(
                 write_json(folder / INDEX, index_json(shards))
             write_json(folder / PROVENANCE, {**plan.provenance, "plan": plan.digest()})
             write_json(folder / CONFIG, plan.config)
+            journal.remove()
+            write_sums(folder, sums)
+            _check_unchanged(plan, same)
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise OutputError(
@@ -109,37 +128,106 @@ def merge(
     return MergeResult(out, sum(shard.size for shard in shards), time.monotonic() - began)
 
 
-def _write_weights(plan: MergePlan, folder: Path, shards: list[Shard], progress: Callable[[int], None]) -> None:
+def _ignore(_: Any) -> None:
+    pass
+
+
+def _check_unchanged(plan: MergePlan, before: Mapping[str, Any]) -> None:
+    """Refuse what was made from files that changed while they were read."""
+    for source in plan.sources:
+        for file in {info.file for info in source.tensors.values()}:
+            if list(stamp(file)) != before["sources"][source.name][file.name]:
+                raise SeedError(
+                    f"seed '{source.name}': {file} was changed while it was read; merge again when nobody writes it"
+                )
+
+
+def _write_weights(
+    plan: MergePlan,
+    folder: Path,
+    shards: list[Shard],
+    journal: Journal,
+    progress: Callable[[int], None],
+    tell: Callable[[str], None],
+) -> dict[str, list[str]]:
+    """Write all tensors that are not there yet; the checksums of all."""
     with ExitStack() as stack:
-        reader = _Reader(plan, stack)
+        reader = Reader(plan, stack)
         targets: dict[str, tuple[int, int]] = {}
         for shard in shards:
-            handle = stack.enter_context((folder / shard.name).open("wb", buffering=0))
-            os.truncate(handle.fileno(), shard.size)
-            os.pwrite(handle.fileno(), shard.header, 0)
-            targets |= {name: (handle.fileno(), offset) for name, offset in shard.offsets.items()}
-        _run(_jobs(plan, reader, targets), progress)
+            descriptor = os.open(folder / shard.name, os.O_RDWR | os.O_CREAT, 0o666)
+            stack.callback(os.close, descriptor)
+            os.truncate(descriptor, shard.size)
+            os.pwrite(descriptor, shard.header, 0)
+            targets |= {name: (descriptor, offset) for name, offset in shard.offsets.items()}
+        if journal.refusal:
+            tell(f"what an interrupted merge left is not taken up: {journal.refusal}")
+        sums = _proven(plan, targets, journal.claimed, progress)
+        if sums:
+            known = sum(tensor.nbytes for tensor in plan.tensors if tensor.name in sums)
+            tell(f"going on after an interrupted merge: {known:,} of {plan.nbytes:,} bytes are written and proven")
+        _run(plan, reader, targets, journal, sums, progress)
         for descriptor in {descriptor for descriptor, _ in targets.values()}:
             os.fsync(descriptor)
+        return sums
 
 
-Job = Callable[["_Buffers"], int]
+def _proven(
+    plan: MergePlan,
+    targets: Mapping[str, tuple[int, int]],
+    claimed: Mapping[str, list[str]],
+    progress: Callable[[int], None],
+) -> dict[str, list[str]]:
+    """Of the tensors that are said to be written, those whose bytes have the sums that were noted."""
+    proven: dict[str, list[str]] = {}
+    for tensor in plan.tensors:
+        if tensor.name in claimed:
+            descriptor, offset = targets[tensor.name]
+            starts = range(offset, offset + tensor.nbytes, CHUNK)
+            end = offset + tensor.nbytes
+            pieces = (memoryview(os.pread(descriptor, min(CHUNK, end - start), start)) for start in starts)
+            if sums_of(pieces) == claimed[tensor.name]:
+                proven[tensor.name] = claimed[tensor.name]
+                progress(tensor.nbytes)
+    return proven
 
 
-def _run(jobs: Iterator[Job], progress: Callable[[int], None]) -> None:
-    """Run jobs on a few threads; the first failure, or Ctrl-C, stops them all and is raised."""
+Job = Callable[["Buffers"], Array]  # the next bytes of a tensor, in a buffer that the next job uses again
+
+
+def _run(
+    plan: MergePlan,
+    reader: "Reader",
+    targets: Mapping[str, tuple[int, int]],
+    journal: Journal,
+    sums: dict[str, list[str]],
+    progress: Callable[[int], None],
+) -> None:
+    """Write tensors on a few threads, and add their sums; the first failure, or Ctrl-C, stops all and is raised."""
     lock, stop = threading.Lock(), threading.Event()
+    tensors = iter([tensor for tensor in plan.tensors if tensor.name not in sums])
 
     def work() -> None:
-        buffers = _Buffers()
-        while not stop.is_set():
+        buffers = Buffers()
+        while True:
             with lock:
-                job = next(jobs, None)
-            if job is None:
+                tensor = next(tensors, None)
+            if tensor is None:
                 return
-            written = job(buffers)
+            total = TensorSum()
+            descriptor, offset = targets[tensor.name]
+            for job in jobs(plan, reader, tensor):
+                if stop.is_set():
+                    return
+                data = job(buffers)
+                total.update(data.data)
+                _write(descriptor, data, offset)
+                offset += len(data)
+                with lock:
+                    progress(len(data))
             with lock:
-                progress(written)
+                sums[tensor.name] = total.finish()
+                journal.add(tensor.name, sums[tensor.name])
 
     with ThreadPoolExecutor(THREADS) as pool:
         try:
@@ -151,7 +239,7 @@ def _run(jobs: Iterator[Job], progress: Callable[[int], None]) -> None:
             future.result()
 
 
-class _Buffers:
+class Buffers:
     """One thread's memory: everything a job needs, allocated once."""
 
     def __init__(self) -> None:
@@ -160,7 +248,7 @@ class _Buffers:
         self.target = np.empty(CHUNK, np.uint8)
 
 
-class _Reader:
+class Reader:
     """The sources' files, opened once, and checked reads from them."""
 
     def __init__(self, plan: MergePlan, stack: ExitStack) -> None:
@@ -187,7 +275,7 @@ class _Reader:
             done += got
         return data
 
-    def rows(self, source: Source, block: int, first: int, count: int, buffers: "_Buffers") -> Array:
+    def rows(self, source: Source, block: int, first: int, count: int, buffers: "Buffers") -> Array:
         """Read `count` rows of `block` elements, checked to be finite; raw bytes, one row after another."""
         info = self.info(source)
         item = ITEM_SIZE[info.dtype]
@@ -217,78 +305,66 @@ class _Reader:
         )
 
 
-def _jobs(plan: MergePlan, reader: _Reader, targets: Mapping[str, tuple[int, int]]) -> Iterator[Job]:
-    for tensor in plan.tensors:
-        descriptor, offset = targets[tensor.name]
-        if tensor.init:
-            yield _init_job(plan.random_seed, tensor, tensor.init, descriptor, offset)
-        for group in tensor.groups:
-            yield from _group_jobs(reader, tensor.dtype, group, descriptor, offset)
-            offset += group.rows * group.width * ITEM_SIZE[tensor.dtype]
+def jobs(plan: MergePlan, reader: Reader, tensor: PlannedTensor) -> Iterator[Job]:
+    """What makes a tensor's bytes, in their order."""
+    if tensor.init:
+        yield _init_job(plan.random_seed, tensor, tensor.init)
+    for group in tensor.groups:
+        yield from _group_jobs(reader, tensor.dtype, group)
 
 
-def _group_jobs(reader: _Reader, dtype: str, group: PlannedGroup, descriptor: int, offset: int) -> Iterator[Job]:
+def _group_jobs(reader: Reader, dtype: str, group: PlannedGroup) -> Iterator[Job]:
     item = ITEM_SIZE[dtype]
     # The widest of the output's row and of each source's stride, which all must fit a buffer in up to 4 bytes.
     widest = max(group.width, *(source.stride for part in group.parts for source in part.sources))
     if group.rows == 1 or 4 * widest > CHUNK or all(part.block * item >= CONTIGUOUS for part in group.parts):
         for row in range(group.rows):
             for part in group.parts:
-                yield from _block_jobs(reader, dtype, part, row, descriptor, offset)
-                offset += part.block * item
+                yield from _block_jobs(reader, dtype, part, row)
         return
     step = CHUNK // (4 * widest)
     for first in range(0, group.rows, step):
-        count = min(step, group.rows - first)
-        yield _rows_job(reader, dtype, group, first, count, descriptor, offset + first * group.width * item)
+        yield _rows_job(reader, dtype, group, first, min(step, group.rows - first))
 
 
-def _block_jobs(reader: _Reader, dtype: str, part: Part, row: int, descriptor: int, offset: int) -> Iterator[Job]:
+def _block_jobs(reader: Reader, dtype: str, part: Part, row: int) -> Iterator[Job]:
     """One block, in stretches that fit the buffers."""
-    item = ITEM_SIZE[dtype]
     step = (CHUNK if len(part.sources) == 1 else MEAN_CHUNK) // 4
 
     def job(start: int, count: int) -> Job:
         sources = [Source(s.checkpoint, s.tensor, s.start + row * s.stride + start, count) for s in part.sources]
-
-        def run(buffers: _Buffers) -> int:
-            data = _mix(reader, dtype, sources, part.weights, count, 0, 1, buffers)
-            return _write(descriptor, data, offset + start * item)
-
-        return run
+        return lambda buffers: _mix(reader, dtype, sources, part.weights, count, 0, 1, buffers)
 
     for start in range(0, part.block, step):
         yield job(start, min(step, part.block - start))
 
 
-def _rows_job(
-    reader: _Reader, dtype: str, group: PlannedGroup, first: int, count: int, descriptor: int, offset: int
-) -> Job:
+def _rows_job(reader: Reader, dtype: str, group: PlannedGroup, first: int, count: int) -> Job:
     """Some rows of a group, assembled side by side."""
     item = ITEM_SIZE[dtype]
 
-    def run(buffers: _Buffers) -> int:
-        rows = buffers.target[: count * group.width * item].reshape(count, -1)
-        column = 0
+    def run(buffers: Buffers) -> Array:
+        data = buffers.target[: count * group.width * item]
+        rows, column = data.reshape(count, -1), 0
         for part in group.parts:
             width = part.block * item
-            data = _mix(reader, dtype, part.sources, part.weights, part.block, first, count, buffers)
-            rows[:, column : column + width] = data.reshape(count, width)
+            mixed = _mix(reader, dtype, part.sources, part.weights, part.block, first, count, buffers)
+            rows[:, column : column + width] = mixed.reshape(count, width)
             column += width
-        return _write(descriptor, rows.reshape(-1), offset)
+        return data
 
     return run
 
 
 def _mix(
-    reader: _Reader,
+    reader: Reader,
     dtype: str,
     sources: tuple[Source, ...] | list[Source],
     weights: tuple[float, ...],
     block: int,
     first: int,
     count: int,
-    buffers: _Buffers,
+    buffers: Buffers,
 ) -> Array:
     """Rows of one source as `dtype`, or the mean of several: summed in fp32, scaled once, cast once; raw bytes."""
     if len(sources) == 1:
@@ -315,7 +391,7 @@ def _mix(
 
 
 def _cast(
-    reader: _Reader, sources: tuple[Source, ...] | list[Source], values: Array, dtype: str, buffers: _Buffers
+    reader: Reader, sources: tuple[Source, ...] | list[Source], values: Array, dtype: str, buffers: Buffers
 ) -> Array:
     with np.errstate(over="ignore"):
         data = values.astype(FLOATS[dtype], copy=False).view(np.uint8)
@@ -329,17 +405,17 @@ def _cast(
     return data
 
 
-def _init_job(random_seed: int, tensor: PlannedTensor, init: RandomInit, descriptor: int, offset: int) -> Job:
-    def run(_: _Buffers) -> int:
+def _init_job(random_seed: int, tensor: PlannedTensor, init: RandomInit) -> Job:
+    def run(_: Buffers) -> Array:
         # The legacy generator's stream is frozen by numpy's policy, so the same plan gives the same router anywhere.
         words = np.frombuffer(hashlib.sha256(f"{random_seed}:{tensor.name}".encode()).digest(), np.uint32)
         values = RandomState(words).standard_normal(prod(tensor.shape)) * init.std
-        return _write(descriptor, values.astype(np.float32).astype(FLOATS[tensor.dtype]).view(np.uint8), offset)
+        return values.astype(np.float32).astype(FLOATS[tensor.dtype]).view(np.uint8)
 
     return run
 
 
-def _write(descriptor: int, data: Array, offset: int) -> int:
+def _write(descriptor: int, data: Array, offset: int) -> None:
     done = 0
     while done < len(data):
         done += os.pwrite(descriptor, data[done:].data, offset + done)
@@ -349,4 +425,3 @@ def _write(descriptor: int, data: Array, offset: int) -> int:
         # output, then stalls whoever writes, and the final fsync finds everything still to do.
         start = max(0, end - 3 * WRITE_BACK)
         os.posix_fadvise(descriptor, start, end - start, os.POSIX_FADV_DONTNEED)
-    return done
