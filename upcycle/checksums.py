@@ -51,7 +51,8 @@ def write_sums(folder: Path, tensors: Mapping[str, Sequence[str]]) -> None:
 
     Weights' files are not read again but for their headers; every other file is small.
     """
-    files = {path.name: file_sum(path) for path in sorted(folder.iterdir()) if path.name not in UNCOVERED}
+    covered = [path for path in sorted(folder.iterdir()) if path.is_file() and path.name not in UNCOVERED]
+    files = {path.name: file_sum(path) for path in covered}
     content = {
         "format_version": FORMAT_VERSION,
         "algorithm": ALGORITHM,

@@ -99,6 +99,8 @@ class Recipe:
             "paper": self.paper,
             "mix": dict(self.mix),
         }
+        if self.copies:
+            result["copies"] = True
         if self.weights:
             result["weights"] = dict(self.weights)
         if self.ffn_experts:

@@ -23,6 +23,7 @@ from upcycle.checkpoint import (
     INDEX,
     MODELING_FILES,
     PROVENANCE,
+    SUMS,
     read_json,
     write_json,
 )
@@ -137,7 +138,7 @@ class RunFolder:
             CHECKPOINTS: r"\.?step-\d+(\.upcycle-(partial|old))?",
             TOKENS: r"heldout|.*\.(tokens|counted|json)",
         }
-        names = {RECORD, METRICS, TRACKERS, _LOCK, INDEX, *COMPANIONS, *inside}
+        names = {RECORD, METRICS, TRACKERS, _LOCK, INDEX, SUMS, *COMPANIONS, *inside}
         for path in sorted(self.out.iterdir()):
             name = path.name.removeprefix(".").removesuffix(".partial") if path.suffix == ".partial" else path.name
             weights = re.fullmatch(r"model(-\d+-of-\d+)?\.safetensors", name)

@@ -13,8 +13,19 @@ from typing import Any, Final
 
 import numpy as np
 
-from upcycle.checkpoint import CONFIG, ITEM_SIZE, PROVENANCE, SUMS, TensorInfo, read_json, read_tensors
-from upcycle.checksums import STRETCH, UNCOVERED, TensorSum, file_sum, read_sums
+from upcycle.checkpoint import (
+    CONFIG,
+    COPIED_FILES,
+    INDEX,
+    ITEM_SIZE,
+    MODELING_FILES,
+    PROVENANCE,
+    SUMS,
+    TensorInfo,
+    read_json,
+    read_tensors,
+)
+from upcycle.checksums import STRETCH, TensorSum, file_sum, read_sums
 from upcycle.dense_config import read_dense
 from upcycle.errors import CheckpointError, UpcycleError
 from upcycle.layout import make_layout
@@ -27,8 +38,9 @@ from upcycle.scaling import DENSE
 from upcycle.seeds import read_seeds
 
 CHUNK: Final = 4 << 20  # bytes read at once
-# What a loader might read: one that nothing covers is no note but a problem.
-LOADED: Final = (".safetensors", ".json", ".py", ".jinja", ".model", ".txt", ".bin", ".pt", ".pth")
+# What a loader might read, by name or by ending.
+LOADED: Final = (CONFIG, INDEX, "adapter_config.json", *COPIED_FILES, *MODELING_FILES)
+LOADED_ENDINGS: Final = (".safetensors", ".py", ".bin", ".pt", ".pth")
 
 
 @dataclass
@@ -117,7 +129,8 @@ def _check_files(found: Verification, sums: Mapping[str, Any]) -> None:
                     found.problems.append(f"{file}: its {part} is {actual.get(what)}, expected {expected[what]}")
                     break
     for file in sorted(found.folder.iterdir()):
-        if file.name not in {*covered, *UNCOVERED} and file.suffix in LOADED and file.is_file():
+        loaded = file.name in LOADED or file.suffix in LOADED_ENDINGS
+        if loaded and file.name not in covered:
             found.problems.append(f"{file} is not among the files that {SUMS} covers; it came later")
 
 

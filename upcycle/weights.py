@@ -22,6 +22,7 @@ from upcycle.checkpoint import (
     read_tensors,
     write_json,
 )
+from upcycle.checksums import sums_of, write_sums
 from upcycle.errors import CheckpointError, SeedError
 from upcycle.mixture import read_mixture
 from upcycle.numeric import TORCH_NAMES
@@ -178,6 +179,8 @@ def decoder_layers(model: Any) -> nn.ModuleList:
 def write_weights(model: Any, source: Path, out: Path, *, writes: bool = True) -> int:
     """Write a model's weights as `source` stores them: its names, its dtypes, its order; returns the bytes written.
 
+    The checksums of the weights, and of the files that `out` holds already, go beside them.
+
     Tensors are gathered, converted and written a layer at a time, so no process ever holds the whole model. Every
     process of a sharded model must call this; the one with `writes` writes. LoRA's factors are added to their weights.
 
@@ -196,6 +199,7 @@ def write_weights(model: Any, source: Path, out: Path, *, writes: bool = True) -
     shards = plan_shards([(name, stored[name].dtype, shapes[name]) for name in names], MAX_SHARD_SIZE)
     place = {name: (out / shard.name, offset) for shard in shards for name, offset in shard.offsets.items()}
     handles: dict[Path, int] = {}
+    sums: dict[str, list[str]] = {}
     try:
         for shard in shards if writes else ():
             handles[out / shard.name] = os.open(out / shard.name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
@@ -205,7 +209,7 @@ def write_weights(model: Any, source: Path, out: Path, *, writes: bool = True) -
             for name, tensor in _as_stored(model, whole).items() if writes else ():
                 if name in place:
                     file, offset = place[name]
-                    _write(handles[file], offset, tensor, stored[name].dtype)
+                    sums[name] = _write(handles[file], offset, tensor, stored[name].dtype)
         for handle in handles.values():
             os.fsync(handle)
     finally:
@@ -213,6 +217,8 @@ def write_weights(model: Any, source: Path, out: Path, *, writes: bool = True) -
             os.close(handle)
     if writes and len(shards) > 1:
         write_json(out / INDEX, index_json(shards))
+    if writes:
+        write_sums(out, {name: sums[name] for name in place})
     return sum(shard.size for shard in shards)
 
 
@@ -297,11 +303,14 @@ def _check_names(model: Any, source: Path, stored: Mapping[str, Any], shapes: Ma
             )
 
 
-def _write(handle: int, offset: int, tensor: torch.Tensor, dtype: str) -> None:
+def _write(handle: int, offset: int, tensor: torch.Tensor, dtype: str) -> list[str]:
+    """Write a tensor at its place; its checksums."""
     if dtype not in TORCH_NAMES:
         raise SeedError(f"dtype {dtype} cannot be trained; expected one of {', '.join(TORCH_NAMES)}")
     converted = tensor.to(getattr(torch, TORCH_NAMES[dtype])).contiguous()
     view = memoryview(converted.flatten().view(torch.uint8).numpy().data)
+    sums = sums_of([view])
     while view:
         written = os.pwrite(handle, view, offset)
         view, offset = view[written:], offset + written
+    return sums
