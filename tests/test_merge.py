@@ -19,6 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import upcycle.merge as merging
 from tests.conftest import branch, run_cli, words
 from tests.tiny import BY_NAME, CASES, VOCAB, edit_json, make_seed, make_seeds
+from upcycle import preflight
 from upcycle.errors import OutputError, SeedError
 from upcycle.merge import merge
 from upcycle.mixture import find_expert, plan_extract, read_mixture
@@ -296,9 +297,9 @@ def test_provenance_says_what_was_made_from_what(seeds, tmp_path):
 
 def test_a_full_disk_is_found_before_and_while_writing(seeds, tmp_path, monkeypatch):
     plan = make_plan(seeds)
-    monkeypatch.setattr(merging, "free_bytes", lambda folder: 1000)
-    needed = plan.nbytes + sum(file.stat().st_size for file in plan.copied.values()) + merging.MARGIN
-    with pytest.raises(OutputError, match=rf"needs {needed:,} bytes, but only 1,000"):
+    monkeypatch.setattr(preflight, "free_bytes", lambda folder: 1000)
+    needed = plan.nbytes + sum(file.stat().st_size for file in plan.copied.values()) + preflight.MARGIN
+    with pytest.raises(OutputError, match=rf"needs {needed:,} bytes \(.* and a margin\), but only 1,000"):
         merge(plan, tmp_path / "out")
     monkeypatch.undo()
     real, calls = os.pwrite, []
@@ -313,6 +314,54 @@ def test_a_full_disk_is_found_before_and_while_writing(seeds, tmp_path, monkeypa
     with pytest.raises(OutputError, match="disk is full"):
         merge(plan, tmp_path / "out")
     assert {path.name for path in tmp_path.iterdir()} == {"code", "law", "math"}
+
+
+def test_what_may_not_be_read_or_written_is_refused_first(seeds, tmp_path, monkeypatch):
+    plan = make_plan(seeds)
+    for folder, error, message in (
+        (seeds[1], SeedError, "seed 'law': .*model.safetensors may not be read by this user"),
+        (tmp_path, OutputError, "may not be written by this user"),
+    ):
+        real = os.access
+        monkeypatch.setattr(
+            os, "access", lambda path, mode, f=folder, real=real: path not in (f, f / "model.safetensors")
+            and real(path, mode)
+        )  # fmt: skip
+        with pytest.raises(error, match=message):
+            merge(plan, tmp_path / "out")
+        monkeypatch.undo()
+    assert {path.name for path in tmp_path.iterdir()} == {"code", "law", "math"}
+
+
+def test_the_limit_of_open_files_is_raised_or_told(seeds, tmp_path, monkeypatch):
+    limits, raised = [(66, 100)], []
+    monkeypatch.setattr(resource, "getrlimit", lambda _: limits[0])
+    monkeypatch.setattr(resource, "setrlimit", lambda _, pair: raised.append(pair))
+    merge(make_plan(seeds), tmp_path / "out", max_shard_size=60_000)
+    files = 3 + len(list((tmp_path / "out").glob("*.safetensors")))
+    assert raised == [(files + 64, 100)]
+    limits[0] = (30, 60)
+    with pytest.raises(OutputError, match=rf"opens {files} files at once, and this user may open 60; raise the limit"):
+        merge(make_plan(seeds), tmp_path / "more", max_shard_size=60_000)
+    assert not (tmp_path / "more").exists()
+
+
+def test_a_seed_that_changes_while_it_is_read_is_noticed(seeds, tmp_path):
+    def change(_):
+        (seeds[1] / "model.safetensors").touch()
+
+    with pytest.raises(SeedError, match=r"seed 'law': .*model\.safetensors was changed while it was read"):
+        merge(make_plan(seeds), tmp_path / "out", progress=change)
+    assert {path.name for path in tmp_path.iterdir()} == {"code", "law", "math"}
+
+
+def test_folders_made_for_a_merge_that_failed_go_with_it(seeds, tmp_path):
+    from tests.test_seeds import edit_weights, set_nan
+
+    edit_weights(seeds[1], set_nan)
+    with pytest.raises(SeedError, match="nan"):
+        merge(make_plan(seeds), tmp_path / "a" / "b" / "out")
+    assert not (tmp_path / "a").exists()
 
 
 def test_what_appears_at_the_output_meanwhile_is_kept(seeds, tmp_path):

@@ -33,11 +33,8 @@ from upcycle.checkpoint import (
     TOKENIZER_CONFIG,
     Shard,
     TensorInfo,
-    allocated_bytes,
     check_target,
-    free_bytes,
     index_json,
-    partial_folder,
     plan_shards,
     staging,
     write_json,
@@ -47,13 +44,13 @@ from upcycle.errors import CheckpointError, OutputError, SeedError
 from upcycle.journal import Journal, identity, stamp
 from upcycle.numeric import FLOATS, Array, first_not_finite, to_float32
 from upcycle.plan import MergePlan, Part, PlannedGroup, PlannedTensor, RandomInit, Source
+from upcycle.preflight import check_handles, check_place, check_sources
 
 THREADS: Final = 2
 CHUNK: Final = 4 << 20  # bytes a job moves
 MEAN_CHUNK: Final = 1 << 20  # bytes of each source that a mean takes at once: its fp32 sums stay in the cache
 CONTIGUOUS: Final = 256 << 10  # blocks from this size on are copied by themselves, smaller ones assembled in a buffer
 WRITE_BACK: Final = 16 << 20  # after so many bytes of a file, the kernel is asked to write them to the disk
-MARGIN: Final = 64 << 20  # bytes of disk to leave free beside the output
 
 
 @dataclass(frozen=True)
@@ -95,11 +92,12 @@ def merge(
     began = time.monotonic()
     check = partial(check_target, out, overwrite, [source.folder for source in plan.sources])
     check()
-    copied = sum(file.stat().st_size for file in plan.copied.values())
-    free, needed = free_bytes(out.resolve().parent), plan.nbytes + copied + MARGIN
-    if free + allocated_bytes(partial_folder(out)) < needed:
-        raise OutputError(f"output {out} needs {needed:,} bytes, but only {free:,} are free on that disk")
+    files = {info.file: source.name for source in plan.sources for info in source.tensors.values()}
+    check_sources(files | dict.fromkeys(plan.copied.values(), plan.sources[0].name))
+    needed = plan.nbytes + sum(file.stat().st_size for file in plan.copied.values())
+    check_place(out, needed)
     shards = plan_shards([(tensor.name, tensor.dtype, tensor.shape) for tensor in plan.tensors], max_shard_size)
+    check_handles(len(files) + len(shards))
     same = identity(plan.digest(), max_shard_size, {source.name: source.tensors for source in plan.sources})
     try:
         with staging(out, check, resumable=True) as folder:
