@@ -34,6 +34,7 @@ import numpy as np
 
 SEEDS = ("code", "law", "math")
 CAT, CAT_SAME = "cat", "cat, the merge's bytes"
+UNSUMMED = "upcycle merge, without checksums"
 SHARD_SIZES = ("5GB", "500MB")
 POLL_SECONDS = 0.005
 DROP_CACHES = Path("/proc/sys/vm/drop_caches")
@@ -220,6 +221,16 @@ def merge_command(seeds: Sequence[Path], recipe: str, shard_size: str, out: Path
     return Command(f"upcycle merge, shards of {shard_size}", words, out)
 
 
+def unsummed_command(seeds: Sequence[Path], recipe: str, shard_size: str, out: Path) -> Command:
+    """The same merge with checksums that are never computed: what they cost is the difference."""
+    script = (
+        "import sys, upcycle.checksums as c; c.TensorSum.update = lambda self, data: None; "
+        "from upcycle.cli.main import main; main(sys.argv[1:])"
+    )
+    words = merge_command(seeds, recipe, shard_size, out).words
+    return Command(UNSUMMED, [sys.executable, "-c", script, *words[3:]], out)
+
+
 def cat_command(name: str, seeds: Sequence[Path], nbytes: int, out: Path) -> Command:
     """`cat` of the first `nbytes` of the seeds' weights into one file, followed by fsync (`sync FILE`)."""
     parts, left = [], nbytes
@@ -339,6 +350,7 @@ def main() -> None:
     measure(first, work / "log.txt", drop)  # untimed: it compiles the modules, and tells how many bytes a merge writes
     whole = sum((seed / "model.safetensors").stat().st_size for seed in seeds)
     cats = [cat_command(CAT, seeds, whole, out), cat_command(CAT_SAME, seeds, first.nbytes, out)]
+    merges.append(unsummed_command(seeds, arguments.recipe, SHARD_SIZES[0], out))
     commands = [*cats, *merges, *peer_commands(arguments, seeds, work, out)]
     race(commands, arguments.runs, work, drop)
 
@@ -348,6 +360,7 @@ def main() -> None:
 
     title = f"3 seeds of {whole / 3e9:.2f} GB, recipe {arguments.recipe}, {arguments.runs} runs in turns"
     report = {"large": show(title, commands), "toy": show("3 seeds of 8 MB, warm", small)}
+    print(f"\nchecksums: a merge takes {ratio(merges[0], merges[-1]):.3f} of one without them")
     imports = {command.name: heavy_imports(command.words, out) for command in small[:2]}
     remove(out)
     print()
