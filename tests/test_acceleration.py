@@ -57,6 +57,7 @@ def test_a_compiled_training_learns_the_same(mixture, data, tmp_path):
         (("--side-by-side",), "--side-by-side needs a CUDA device"),
         (("--experts-backend", "sonicmoe"), "--experts-backend sonicmoe needs a CUDA device"),
         (("--compile", "--activation-checkpointing"), "--compile does not go with --activation-checkpointing"),
+        (("--compile", "--lora", "4"), "--compile does not go with --lora"),
     ],
 )
 def test_what_cannot_be_faster_is_refused_before_anything_is_written(mixture, data, tmp_path, more, message):
@@ -73,12 +74,13 @@ def settings(**changes):
 
 def test_a_resumed_training_keeps_its_backend_where_it_is_served(made):
     model, facts = made("llama", "btx"), SimpleNamespace(top_k=2)
-    accelerator = SimpleNamespace(num_processes=1, device=torch.device("cpu"))
+    accelerator = SimpleNamespace(num_processes=1, is_main_process=True, device=torch.device("cpu"))
 
     def chosen(wanted, former):
         return speed_up(model, settings(), facts, accelerator, wanted, former).record()["experts_backend"]
 
     assert chosen("auto", "eager") == "eager"
+    assert speed_up(model, settings(), facts, accelerator, "auto", "eager").told == ["experts by eager: as before"]
     assert chosen("auto", "fused") == "grouped_mm"  # another machine
     assert chosen("auto", None) == "grouped_mm"
     assert chosen("grouped_mm", "eager") == "grouped_mm"
@@ -88,7 +90,7 @@ def test_a_resumed_training_keeps_its_backend_where_it_is_served(made):
 
 def test_what_was_put_in_place_is_told(made, monkeypatch):
     model, facts = made("cohere2", "btx"), SimpleNamespace(top_k=2)
-    accelerator = SimpleNamespace(num_processes=1, device=torch.device("cpu"))
+    accelerator = SimpleNamespace(num_processes=1, is_main_process=True, device=torch.device("cpu"))
     head = object()
     monkeypatch.setattr(acceleration, "choose_backend", lambda *_, **__: Backend("eager", "asked for"))
     monkeypatch.setattr(acceleration.liger, "available", lambda: True)

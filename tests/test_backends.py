@@ -40,7 +40,10 @@ def test_what_is_not_served_is_refused_by_its_name(made, name):
 
 
 def test_a_dense_model_has_no_choice(made):
-    assert choose(made("llama", "average")) is None
+    model = made("llama", "average")
+    assert choose(model) is None
+    with pytest.raises(UpcycleError, match="has no experts whose code can be chosen"):
+        choose(model, "eager")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -95,9 +98,36 @@ def test_a_backend_that_fails_is_left_out_and_told(made, monkeypatch, caplog):
     model = made("llama", "btx")
     assert choose(model).name == "eager"
     assert "experts backend fused failed and is left out: ptxas died" in caplog.text
-    pretend_cuda(monkeypatch, {"fused": RuntimeError("ptxas died")})
-    with pytest.raises(UpcycleError, match=r"no backend computes these experts here: .*ptxas died"):
-        choose(model)
+    pretend_cuda(monkeypatch, {"fused": RuntimeError("ptxas died"), "grouped_mm": RuntimeError("no memory")})
+    backend = choose(model)
+    assert (backend.name, backend.reason) == ("grouped_mm", "transformers' own, as nothing could be measured")
+
+
+def test_experts_of_any_layout_are_timed(monkeypatch):
+    """GPT-OSS has transposed weights, biases and a gating of its own."""
+    from transformers import GptOssConfig, GptOssForCausalLM
+
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "vocab_size": 64, "head_dim": 16}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "num_local_experts": 4, "num_experts_per_tok": 2}
+    stack = ffn_experts(GptOssForCausalLM(GptOssConfig(**sizes, **heads)))[0]
+    experts = backends._stand_in(stack, torch.float32, "cpu")
+    found = backends._fastest(["grouped_mm", "eager"], experts, 16, 2, True)
+    assert found.seconds.keys() == {"grouped_mm", "eager"}
+    for name in ("fused", "liger", "sonicmoe"):
+        monkeypatch.setattr("upcycle.liger.available", lambda: True)
+        monkeypatch.setattr("transformers.integrations.sonicmoe.is_sonicmoe_loadable", lambda raise_error: True)
+        assert "experts with" in backends._unserved(name, experts, torch.float32, torch.device("cuda"))
+
+
+def test_what_sonicmoe_would_compute_otherwise_is_refused(made, monkeypatch):
+    """It reads the activation from the config's `hidden_act`, which a mixture's has not."""
+    monkeypatch.setattr("transformers.integrations.sonicmoe.is_sonicmoe_loadable", lambda raise_error: True)
+    device = torch.device("cuda")
+    for name, reason in (("llama", None), ("gemma2", "only SiLU"), ("starcoder2", "without a gate")):
+        experts = ffn_experts(made(name, "btx"))[0]
+        found = backends._unserved("sonicmoe", experts, torch.float32, device)
+        assert (found is None) == (reason is None)
+        assert reason is None or reason in found
 
 
 def test_what_is_not_the_same_at_every_run_is_not_chosen(made, monkeypatch):
@@ -128,6 +158,8 @@ def test_fused_experts_take_the_gates_along(made, monkeypatch):
     for module in attention_experts(model).values():
         assert "scale" in vars(module)
     assert torch.allclose(model(X).logits, expected, atol=1e-5)  # on a CPU both go their own ways
+    use_backend(model, Backend("eager", ""))
+    assert not any("scale" in vars(module) for module in attention_experts(model).values())
 
 
 def test_the_choice_is_logged_once(made, caplog):

@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.activations import ACT2FN
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
@@ -368,6 +369,26 @@ def test_transformers_reaches_the_kernels(
         half = experts(*tokens())
     assert half.dtype == torch.bfloat16
     assert error(half, found.double()) <= 2e-2  # the weights are rounded, too
+
+
+def test_no_gradient_is_made_for_the_pre_activation(kernels: SimpleNamespace) -> None:
+    """Autograd would fill one with zeros, as large as what the forward keeps."""
+    inputs, made = draw(Case(40, 2, 4, 8, 64), torch.float32), []
+    for name in ("hidden", "gates", "wide_in", "down"):
+        inputs[name].requires_grad_()
+    output = kernels.ffn.fused_experts(
+        *(inputs[name] for name in ("hidden", "index", "gates", "wide_in", "down")), True, "silu"
+    )
+
+    class Zeros(TorchDispatchMode):
+        def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            if function.name() in ("aten::zeros", "aten::zero_", "aten::zeros_like", "aten::new_zeros"):
+                made.append(args[0])
+            return function(*args, **(kwargs or {}))
+
+    with Zeros():
+        output.sum().backward()
+    assert made == []
 
 
 def kept(module: nn.Module, *inputs: torch.Tensor) -> int:

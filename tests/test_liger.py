@@ -232,9 +232,9 @@ def test_a_mixture_of_transformers_has_the_same_logits(calls: list[str]) -> None
 
 def test_experts_that_liger_does_not_serve_are_refused(monkeypatch: pytest.MonkeyPatch, calls: list[str]) -> None:
     reasons = {
-        "has_gate=False": make_experts(gated=False),
+        "experts without a gate": make_experts(gated=False),
         "has_bias=True": make_experts(bias=True),
-        "SiLU, not GELUTanh": make_experts(activation="gelu_pytorch_tanh"),
+        "activation GELUTanh, only SiLU": make_experts(activation="gelu_pytorch_tanh"),
     }
     for reason, module in reasons.items():
         assert reason in str(liger.experts_unserved(module))

@@ -1,7 +1,7 @@
 """What makes a training's steps faster and computes the same: the experts' backend, Liger, overlap, compilation."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Final
 
@@ -10,7 +10,7 @@ import torch
 from upcycle import liger
 from upcycle.backends import AUTO, BACKENDS, Backend, choose_backend, use_backend
 from upcycle.errors import TrainingError, UpcycleError
-from upcycle.processes import from_main
+from upcycle.processes import from_main, one_by_one
 from upcycle.side_by_side import run_side_by_side
 from upcycle.training_settings import ModelFacts, Settings
 from upcycle.weights import decoder_layers
@@ -45,10 +45,12 @@ def speed_up(
     """
     backend: Backend | None = None
     told = []
-    if facts.top_k is not None:
-        backend = from_main(_choose(model, settings, facts.top_k, wanted, former), accelerator)
+    if facts.top_k is not None or wanted != AUTO:
+        with one_by_one(accelerator):
+            if accelerator.is_main_process:
+                backend = _choose(model, settings, facts.top_k or 1, wanted, former)
+        backend = from_main(backend, accelerator)
     if backend:
-        use_backend(model, backend)
         told.append(f"experts by {backend.name}: {backend.reason}")
     head = None
     if settings.liger:
@@ -56,7 +58,10 @@ def speed_up(
         told.append(f"Liger computes {done}")
     if settings.side_by_side:
         told.append(f"attention and FFN side by side in {_overlapped(model)} layers")
+    if backend:  # after the trials, which are in fp32
+        use_backend(model, backend)
     if settings.compile:
+        _check_compiles(settings, backend)
         layers = decoder_layers(model)
         for layer in layers:
             layer.compile(dynamic=False)
@@ -69,10 +74,23 @@ def _choose(model: Any, settings: Settings, top_k: int, wanted: str, former: str
     choose = partial(choose_backend, tokens=settings.micro_batch_size * settings.sequence_length, top_k=top_k)
     if former in BACKENDS and wanted == AUTO:
         try:
-            return choose(model, former, dtype=dtype, backward=True)
+            backend = choose(model, former, dtype=dtype, backward=True)
+            return backend and replace(backend, reason="as before")
         except UpcycleError:  # resumed on another machine
             pass
     return choose(model, wanted, dtype=dtype, backward=True)
+
+
+def _check_compiles(settings: Settings, backend: Backend | None) -> None:
+    from transformers.integrations import moe
+
+    # Of the fp32 product that stands in for torch's grouped one; bf16 has that itself.
+    lacking = not hasattr(moe, "_grouped_mm_fallback_bwd")
+    if backend and backend.name == "grouped_mm" and settings.precision == "fp32" and lacking:
+        raise TrainingError(
+            "--compile in fp32 needs a newer transformers (5.24 will do), whose grouped product has a backward that "
+            "compiles; take --precision bf16, or leave --compile out"
+        )
 
 
 def _use_liger(model: Any, settings: Settings, device: torch.device) -> tuple[liger.LossHead | None, str]:

@@ -63,6 +63,8 @@ def choose_backend(
         UpcycleError: the backend does not serve the model here, and why.
     """
     stacks = [module for module in ffn_experts(model).values() if hasattr(type(module).forward, "__wrapped__")]
+    if not stacks and wanted != AUTO:
+        raise UpcycleError(f"--experts-backend {wanted}: this model has no experts whose code can be chosen")
     if not stacks:
         return None
     stack, device = stacks[0], _device(stacks[0])
@@ -74,9 +76,12 @@ def choose_backend(
         return Backend(wanted, "asked for", autocast=autocast)
     if device.type == "cuda":
         names = [name for name in MEASURED if reasons[name] is None]
-        return replace(_fastest(names, _stand_in(stack, dtype, device), tokens, top_k, backward), autocast=autocast)
+        fastest = _fastest(names, _stand_in(stack, dtype, device), tokens, top_k, backward)
+        if fastest:
+            return replace(fastest, autocast=autocast)
     name = "grouped_mm" if reasons["grouped_mm"] is None else "eager"
-    return Backend(name, f"transformers' own, as nothing is faster on {device.type}", autocast=autocast)
+    why = "as nothing could be measured" if device.type == "cuda" else f"as nothing is faster on {device.type}"
+    return Backend(name, f"transformers' own, {why}", autocast=autocast)
 
 
 def _device(stack: Any) -> torch.device:
@@ -88,8 +93,11 @@ def use_backend(model: Any, backend: Backend) -> None:
     """Let a model's experts, and with "fused" the gates of its attention experts, be computed by a backend."""
     _log.info("experts backend %s: %s", backend.name, backend.reason)
     model.set_experts_implementation(_implementation(backend.name, backend.autocast))
+    gated = attention_experts(model).values()
+    for module in gated:
+        vars(module).pop("scale", None)  # a former choice's
     if backend.name == "fused":
-        dispatch.use_fused_gates(attention_experts(model).values())
+        dispatch.use_fused_gates(gated)
 
 
 def _implementation(name: str, autocast: bool) -> str:
@@ -120,26 +128,29 @@ def _unserved(name: str, experts: Any, dtype: torch.dtype, device: torch.device)
             is_sonicmoe_loadable(raise_error=True)
         except ImportError as error:
             return str(error)
+        # It looks for the activation's name where a mixture's config has none, and takes SiLU then.
+        peculiar = liger.swiglu_unserved(experts)
+        return None if peculiar is None else f"SonicMoE is not trusted with {peculiar}"
     return None
 
 
 def _stand_in(module: Any, dtype: torch.dtype, device: torch.device | str) -> Any:
     """An experts module like `module`, whole if that is sharded, with weights of its own: random ones in `dtype`."""
+    generator = (
+        None if str(device) == "meta" else torch.Generator(device).manual_seed(0)
+    )  # the training's stays as it is
 
     def draw(parameter: Any) -> torch.nn.Parameter:
-        return torch.nn.Parameter(torch.empty(parameter.shape, dtype=dtype, device=device).normal_(std=0.02))
+        empty = torch.empty(parameter.shape, dtype=dtype, device=device)
+        return torch.nn.Parameter(empty.normal_(std=0.02, generator=generator))
 
     experts = copy.copy(module)
     experts._parameters = {name: None if value is None else draw(value) for name, value in module._parameters.items()}
     return experts
 
 
-def _fastest(names: Sequence[str], experts: Any, tokens: int, top_k: int, backward: bool) -> Backend:
-    """The backend that takes the least time for one layer's experts on random tokens.
-
-    Raises:
-        UpcycleError: none of them can compute it.
-    """
+def _fastest(names: Sequence[str], experts: Any, tokens: int, top_k: int, backward: bool) -> Backend | None:
+    """The backend that takes the least time for one layer's experts on random tokens; None if none can compute it."""
     seconds: dict[str, float] = {}
     failures: dict[str, str] = {}
     for name in names:
@@ -150,7 +161,7 @@ def _fastest(names: Sequence[str], experts: Any, tokens: int, top_k: int, backwa
     for name, message in failures.items():
         _log.warning("experts backend %s failed and is left out: %s", name, message)
     if not seconds:
-        raise UpcycleError(f"no backend computes these experts here: {failures}")
+        return None
     name = next(name for name in seconds if seconds[name] <= LEVEL * min(seconds.values()))
     told = ", ".join(f"{name} {1000 * value:.2f} ms" for name, value in seconds.items())
     what = "forward and backward" if backward else "forward"
@@ -170,7 +181,8 @@ def layer_seconds(name: str, experts: Any, tokens: int, top_k: int, backward: bo
     def draw(width: int) -> torch.Tensor:
         return torch.randn(tokens, width, generator=generator, device=down.device)
 
-    hidden = draw(down.shape[1]).to(down.dtype).requires_grad_(backward)
+    width = down.shape[2 if getattr(experts, "is_transposed", False) else 1]
+    hidden = draw(width).to(down.dtype).requires_grad_(backward)
     gates, index = draw(len(down)).softmax(-1).topk(top_k, dim=-1)
     times = []
     for _ in range(WARM_UP + RUNS):
@@ -179,7 +191,8 @@ def layer_seconds(name: str, experts: Any, tokens: int, top_k: int, backward: bo
         with torch.set_grad_enabled(backward):
             output = function(experts, hidden, index, gates.to(down.dtype))
             if backward:
-                torch.autograd.grad(output, [hidden, *experts.parameters()], torch.ones_like(output))
+                leaves = [hidden, *experts.parameters()]
+                torch.autograd.grad(output, leaves, torch.ones_like(output), allow_unused=True)
         _wait(down.device)
         times.append(time.perf_counter() - began)
     return statistics.median(times[WARM_UP:])

@@ -24,22 +24,13 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from upcycle.kernels.dispatch import activation_of
+from upcycle.kernels.dispatch import activation_of, peculiarity
 
 NAME: Final = "upcycle_liger"
 IGNORED: Final = -100
 
 _MARK = "upcycle_liger"  # on a function that calls Liger's
 _TYPES = (torch.float32, torch.bfloat16, torch.float16)
-# Attributes by which transformers tells that experts compute something else, and the value that Liger serves.
-_PLAIN = {
-    "has_gate": True,
-    "has_bias": False,
-    "is_transposed": False,
-    "is_concatenated": True,
-    "has_post_expert_norm": False,
-    "_is_expert_parallel": False,
-}
 # What is added to a norm's weight, and Liger's name for where it rounds: of the normalised states ("llama") or of their
 # product with the weight ("gemma").
 _NORMS = ((0.0, "llama"), (1.0, "gemma"), (0.0, "gemma"))
@@ -63,16 +54,18 @@ def register_experts() -> None:
 
 def experts_unserved(module: Any) -> str | None:
     """Why Liger does not serve an experts module, or None if it does."""
-    from transformers.integrations import moe
+    peculiar = swiglu_unserved(module)
+    return None if peculiar is None else f"Liger does not serve {peculiar}"
 
-    for name, value in _PLAIN.items():
-        if getattr(module, name, value) != value:
-            return f"Liger does not serve experts with {name}={not value}"
-    if type(module)._apply_gate is not moe._default_apply_gate:
-        return "Liger does not serve experts with a gating of their own"
-    if activation_of(module.act_fn) != "silu":
-        return f"Liger's experts have the activation SiLU, not {type(module.act_fn).__name__}"
-    return None
+
+def swiglu_unserved(module: Any) -> str | None:
+    """What experts compute that is not W_down (SiLU(W_gate x) * W_up x), or None if that."""
+    if not module.has_gate:
+        return "experts without a gate"
+    peculiar = peculiarity(module)
+    if peculiar is None and activation_of(module.act_fn) != "silu":
+        return f"the activation {type(module.act_fn).__name__}, only SiLU"
+    return peculiar
 
 
 def experts_forward(
@@ -99,7 +92,8 @@ def experts_forward(
     tokens, wide_in, down, gates = (
         tensor.to(dtype) for tensor in (hidden_states, self.gate_up_proj, self.down_proj, top_k_weights)
     )
-    result: torch.Tensor = LigerFusedMoEFunction.apply(tokens, wide_in, down, top_k_index.to(torch.int32), gates)
+    with torch.cuda.device_of(tokens):  # type: ignore[no-untyped-call]  # Liger launches on the current device
+        result: torch.Tensor = LigerFusedMoEFunction.apply(tokens, wide_in, down, top_k_index.to(torch.int32), gates)
     return result
 
 

@@ -397,7 +397,9 @@ class _Training:
             return
         self.model.eval()
         head = self.acceleration.loss_head
-        with head.off() if head else contextlib.nullcontext():
+        # Each window's length would be compiled anew, up to the compiler's limit, after which it compiles nothing.
+        eager = torch.compiler.set_stance("force_eager") if self.settings.compile else contextlib.nullcontext()
+        with eager, head.off() if head else contextlib.nullcontext():
             measured = measure(
                 self.wrapped, self.windows, self.facts.top_k, self.settings.micro_batch_size, self.accelerator
             )

@@ -104,6 +104,8 @@ def check_same(out: Path, former: Mapping[str, Any], record: Mapping[str, Any]) 
         TrainingError: what differs.
     """
     before, now = former.get("settings"), record["settings"]
+    if isinstance(before, dict):
+        before = {"liger": False, "side_by_side": False, "compile": False} | before  # trainings that knew none of it
     prints = [key for key in record if key.endswith("_fingerprint")]
     pairs = {key: (former.get(key), record[key]) for key in prints}
     pairs |= {key: (before.get(key) if isinstance(before, dict) else None, now[key]) for key in now}

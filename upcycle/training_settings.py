@@ -327,6 +327,10 @@ def _check_acceleration(options: TrainingOptions, facts: ModelFacts, cuda: bool)
             raise TrainingError(f"{option} needs a CUDA device, and there is none; leave it out")
     if options.shard and (options.compile or options.liger or options.side_by_side):
         raise TrainingError("--shard does not go with --compile, --liger or --side-by-side")
+    if options.compile and options.lora:
+        raise TrainingError("--compile does not go with --lora: its factors are put in anew at every forward")
+    if options.side_by_side and options.activation_checkpointing:
+        raise TrainingError("--side-by-side does not go with --activation-checkpointing, whose layers run in parts")
     if options.compile and options.side_by_side:
         raise TrainingError("--compile does not go with --side-by-side: a compiled layer has no streams of its own")
     if options.compile and options.activation_checkpointing:

@@ -82,10 +82,19 @@ _BLOCKS: Final = {
 
 def blocks_for(dtype: torch.dtype, shared_memory: int) -> Blocks:
     """The tiles for a number format on a card that offers `shared_memory` bytes to one program."""
-    fitting = [key for key in _BLOCKS if key[0] == dtype.itemsize and key[1] * 1024 <= shared_memory]
+    fitting = _fitting(dtype, shared_memory)
     if not fitting:
         raise ValueError(f"no tiles for {dtype} and {shared_memory} bytes of shared memory; use another backend")
     return _BLOCKS[max(fitting)]
+
+
+def has_blocks(dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether a CUDA device has shared memory enough for a number format's tiles."""
+    return bool(_fitting(dtype, _shared_memory(device)))
+
+
+def _fitting(dtype: torch.dtype, shared_memory: int) -> list[tuple[int, int]]:
+    return [key for key in _BLOCKS if key[0] == dtype.itemsize and key[1] * 1024 <= shared_memory]
 
 
 def blocks_on(dtype: torch.dtype, device: torch.device) -> Blocks:

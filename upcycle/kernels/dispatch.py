@@ -21,8 +21,8 @@ _HAS_TRITON: Final = find_spec("triton") is not None
 _log = logging.getLogger(__name__)
 _told: set[str] = set()
 
-# Attributes by which transformers tells that experts compute something else, and the value the kernels serve. Those
-# that an older transformers lacks have it.
+# Attributes by which transformers tells that experts compute something else, and the plain value. Those that an older
+# transformers lacks have it.
 _PLAIN = {
     "has_bias": False,
     "is_transposed": False,
@@ -86,13 +86,9 @@ def _scaled(plain: Any, module: Any, heads: torch.Tensor, gates: torch.Tensor) -
 
 def unserved(module: Any, dtype: torch.dtype, device: torch.device) -> str | None:
     """Why the kernels do not serve an experts module for hidden states of a type on a device, or None if they do."""
-    from transformers.integrations import moe
-
-    for name, value in _PLAIN.items():
-        if getattr(module, name, value) != value:
-            return f"the fused kernels do not serve experts with {name}={not value}"
-    if module.has_gate and type(module)._apply_gate is not moe._default_apply_gate:
-        return "the fused kernels do not serve experts with a gating of their own"
+    peculiar = peculiarity(module)
+    if peculiar is not None:
+        return f"the fused kernels do not serve {peculiar}"
     if activation_of(module.act_fn) is None:
         return f"the fused kernels know no activation {type(module.act_fn).__name__}, only SiLU and GELU"
     if dtype not in (torch.bfloat16, torch.float16, torch.float32):
@@ -101,7 +97,23 @@ def unserved(module: Any, dtype: torch.dtype, device: torch.device) -> str | Non
         return f"the fused kernels want one type, not {dtype} hidden states and {module.down_proj.dtype} weights"
     if device.type != "cuda":
         return f"the fused kernels run on CUDA, not on {device.type}"
-    return None if _HAS_TRITON else "the fused kernels need triton (pip install triton)"
+    if not _HAS_TRITON:
+        return "the fused kernels need triton (pip install triton)"
+    from .blocks import has_blocks
+
+    return None if has_blocks(dtype, device) else "the fused kernels need more shared memory than this card has"
+
+
+def peculiarity(module: Any) -> str | None:
+    """What experts compute that is neither W_down act(W x) nor W_down (act(W_gate x) * W_up x), or None."""
+    from transformers.integrations import moe
+
+    for name, value in _PLAIN.items():
+        if getattr(module, name, value) != value:
+            return f"experts with {name}={not value}"
+    if module.has_gate and type(module)._apply_gate is not moe._default_apply_gate:
+        return "experts with a gating of their own"
+    return None
 
 
 def activation_of(act_fn: Any) -> "Activation | None":

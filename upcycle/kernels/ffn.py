@@ -166,10 +166,13 @@ def _(output_gradient: Any, hidden: Any, gates: Any, wide_in: Any, down: Any, *o
 
 def _keep(ctx: Any, inputs: Any, output: Any) -> None:
     *tensors, ctx.gated, ctx.activation, _ = inputs
+    ctx.set_materialize_grads(False)  # the pre-activation has no gradient, and zeros of its size would be made for it
     ctx.save_for_backward(*tensors[:4], output[1], *tensors[4:])
 
 
-def _gradients(ctx: Any, output_gradient: torch.Tensor, _: Any) -> tuple[torch.Tensor | None, ...]:
+def _gradients(ctx: Any, output_gradient: torch.Tensor | None, _: Any) -> tuple[torch.Tensor | None, ...]:
+    if output_gradient is None:
+        return (None,) * 11
     wanted = list(ctx.needs_input_grad[:4])
     found = routed_experts_backward(output_gradient, *ctx.saved_tensors, ctx.gated, ctx.activation, wanted)
     return *(gradient if w else None for gradient, w in zip(found, wanted, strict=True)), *[None] * 7
