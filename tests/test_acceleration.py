@@ -5,6 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from transformers.integrations import moe
 
 from tests.conftest import run_cli
 from tests.training import arguments, metrics
@@ -27,13 +28,16 @@ def outcome(model):
 @pytest.mark.parametrize("name", ["llama", "cohere2", "gpt_neox"])
 def test_a_step_compiles_without_a_break_and_layers_share_it(made, name):
     model = made(name, "bam").train()
+    atol, rtol = 1e-5, 1e-4
+    if not hasattr(moe, "_grouped_mm_fallback_bwd"):  # an older transformers compiles the product of bf16 alone
+        model, atol, rtol = model.bfloat16(), 5e-2, 5e-2
     expected = outcome(model)
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     for layer in decoder_layers(model):
         layer.compile(fullgraph=True, dynamic=False, backend="aot_eager")
     for found, wanted in zip(outcome(model), expected, strict=True):
-        torch.testing.assert_close(found, wanted, atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(found, wanted, atol=atol, rtol=rtol)
     kinds = {"sliding", "full"} if name == "cohere2" else {"full"}
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == len(kinds)
     torch._dynamo.reset()
