@@ -1,7 +1,6 @@
 """The fused kernels under Triton's interpreter: outputs and every gradient against the definition in float64.
 
-The kernels' files are imported anew with the interpreter switched on, and dropped again, so that no other test of the
-process meets them. The bounds are those of the formats and are never loosened.
+The bounds are those of the formats and are never loosened.
 """
 
 import importlib
@@ -12,7 +11,6 @@ from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
-import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -20,6 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.activations import ACT2FN
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
+from tests.interpreter import interpreted
 from upcycle.modeling.modeling_bam import BamExperts
 
 pytest.importorskip("triton")
@@ -53,52 +52,16 @@ CASES = {
 }
 
 
-def drop_kernels() -> None:
-    for name in [name for name in sys.modules if name.startswith("upcycle.kernels")]:
-        del sys.modules[name]
-
-
 @pytest.fixture(scope="module")
 def kernels() -> Iterator[SimpleNamespace]:
     """The kernels' modules, interpreted, and tiles small enough that small matrices take several."""
-    from triton import language
-    from triton.runtime import interpreter
-    from triton.runtime.jit import JITFunction
-
-    convert = interpreter._convert_float
-
-    def rounded(data: Any, source: Any, target: Any, mode: Any) -> Any:
-        if (source, target) != (language.float32, language.bfloat16):
-            return convert(data, source, target, mode)
-        return torch.from_numpy(np.ascontiguousarray(data)).bfloat16().view(torch.uint16).numpy()
-
-    prepared = set()
-
-    def call(self: Any, *arguments: Any, **options: Any) -> Any:
-        if self.fn not in prepared:
-            prepared.add(self.fn)
-            interpreter._patch_lang(self.fn)
-        return self.rewrite()(*arguments, **options)
-
-    drop_kernels()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("TRITON_INTERPRET", "1")
-        # Triton's own functions, tl.sum and the like, were made to be compiled if triton was imported before.
-        interpret = interpreter.InterpretedFunction
-        patch.setattr(JITFunction, "__call__", lambda self, *a, **options: interpret(self.fn)(*a, **options))
-        # Once a function, not once a call, which takes longer than the function.
-        patch.setattr(interpret, "__call__", call)
-        # The interpreter cuts fp32 off to bf16, at twice the error of the card's rounding to nearest.
-        patch.setattr(interpreter, "_convert_float", rounded)
+    with interpreted("upcycle.kernels") as patch:
         names = ("blocks", "dispatch", "ffn", "heads", "reference", "schedule")
         modules = {name: importlib.import_module(f"upcycle.kernels.{name}") for name in names}
-        # What a test registers with transformers goes with the modules.
-        patch.setattr(type(ALL_EXPERTS_FUNCTIONS), "_global_mapping", dict(ALL_EXPERTS_FUNCTIONS._global_mapping))
         tile = modules["blocks"].Tile(columns=16, inner=32, warps=4, stages=2)
         blocks = modules["blocks"].Blocks(16, tile, tile, tile, 16, tile, 32)
         patch.setattr(modules["ffn"], "blocks_on", lambda *_: blocks)
         yield SimpleNamespace(**modules, small=blocks)
-    drop_kernels()
 
 
 @pytest.fixture

@@ -1,8 +1,7 @@
 """Liger's kernels under Triton's interpreter: what a model computes with them is what it computes without.
 
 The interpreter lacks things that Liger asks of it, and the fixture adds them: for RMSNorm floats that have a type, and
-`libdevice.rsqrt`; for rotations in bf16 products and sums of numbers, not of their bits. Liger is imported anew with
-the interpreter switched on and dropped again, as the kernels are in test_kernels.
+`libdevice.rsqrt`; for rotations in bf16 products and sums of numbers, not of their bits.
 """
 
 import copy
@@ -21,7 +20,6 @@ import pytest
 import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, MixtralForCausalLM
-from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from transformers.models.cohere import modeling_cohere
 from transformers.models.gemma2.modeling_gemma2 import Gemma2RMSNorm
 from transformers.models.llama import modeling_llama
@@ -29,6 +27,7 @@ from transformers.models.olmo2.modeling_olmo2 import Olmo2RMSNorm
 from transformers.models.phi3 import modeling_phi3
 
 from tests.conftest import merge_and_load
+from tests.interpreter import interpreted
 from tests.tiny import BY_NAME, VOCAB, dense_config, make_seeds, mixtral_config
 from upcycle import liger
 from upcycle.kernels import reference
@@ -40,24 +39,13 @@ pytest.importorskip("liger_kernel")
 pytest.importorskip("triton")
 
 
-def drop_liger() -> None:
-    for name in [name for name in sys.modules if name.split(".")[0] == "liger_kernel"]:
-        del sys.modules[name]
-
-
 @pytest.fixture(scope="module", autouse=True)
 def ops() -> Iterator[Any]:
     """Liger's operators, interpreted."""
     from triton import language
     from triton.runtime import interpreter
-    from triton.runtime.jit import JITFunction
 
-    convert, implicit = interpreter._convert_float, interpreter._implicit_cvt
-
-    def rounded(data: Any, source: Any, target: Any, mode: Any) -> Any:
-        if (source, target) != (language.float32, language.bfloat16):
-            return convert(data, source, target, mode)
-        return torch.from_numpy(np.ascontiguousarray(data)).bfloat16().view(torch.uint16).numpy()
+    implicit = interpreter._implicit_cvt
 
     def typed(argument: Any) -> Any:
         if not isinstance(argument, float):
@@ -73,31 +61,15 @@ def ops() -> Iterator[Any]:
         wide = [self.cast_impl(handle, language.float32) for handle in (left, right)]
         return self.cast_impl(binary(self, *wide, operation), language.bfloat16)
 
-    prepared = set()
-
-    def call(self: Any, *arguments: Any, **options: Any) -> Any:
-        if self.fn not in prepared:
-            prepared.add(self.fn)
-            interpreter._patch_lang(self.fn)
-        return self.rewrite()(*arguments, **options)
-
-    drop_liger()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("TRITON_INTERPRET", "1")
+    with interpreted("liger_kernel") as patch:
         patch.setenv("LIGER_FUSED_MOE_AUTOTUNE", "0")
-        interpret = interpreter.InterpretedFunction
-        patch.setattr(JITFunction, "__call__", lambda self, *a, **options: interpret(self.fn)(*a, **options))
-        patch.setattr(interpret, "__call__", call)
-        patch.setattr(interpreter, "_convert_float", rounded)
         patch.setattr(interpreter, "_implicit_cvt", typed)
         patch.setattr(interpreter.InterpreterBuilder, "binary_op", in_floats)
         module = importlib.import_module("liger_kernel.ops")
         norms = importlib.import_module("liger_kernel.ops.rms_norm")
         patch.setattr(norms, "rsqrt", lambda x: language.math.rsqrt(x))
-        patch.setattr(type(ALL_EXPERTS_FUNCTIONS), "_global_mapping", dict(ALL_EXPERTS_FUNCTIONS._global_mapping))
         liger.register_experts()
         yield module
-    drop_liger()
 
 
 @pytest.fixture
