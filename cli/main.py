@@ -1,5 +1,6 @@
 """The app: its commands, options that take several words, and what an error prints and exits with."""
 
+import errno
 import io
 import os
 import signal
@@ -94,13 +95,22 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if isinstance(stop, SystemExit) and stop.code != 130:
             raise
         _interrupted()
-    except Exception as error:  # a bug of ours, or input that no check foresaw: one message all the same
-        if interrupts:  # an import that a signal cut short raises something of its own
-            _interrupted()
-        if os.environ.get("UPCYCLE_DEBUG"):
-            raise
-        output.error(f"unexpected {type(error).__name__}: {error}\nSet UPCYCLE_DEBUG=1 to see where, and report it.")
+    except OSError as error:
+        if error.filename is not None or error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EBADF):
+            _unexpected(error, interrupts)
+        output.error(f"what was to be printed cannot be written: {error.strerror}")
         sys.exit(1)
+    except Exception as error:  # a bug of ours, or input that no check foresaw: one message all the same
+        _unexpected(error, interrupts)
+
+
+def _unexpected(error: Exception, interrupts: list[int]) -> NoReturn:
+    if interrupts:  # an import that a signal cut short raises something of its own
+        _interrupted()
+    if os.environ.get("UPCYCLE_DEBUG"):
+        raise error
+    output.error(f"unexpected {type(error).__name__}: {error}\nSet UPCYCLE_DEBUG=1 to see where, and report it.")
+    sys.exit(1)
 
 
 def _interrupt_on(*signals: signal.Signals) -> list[int]:

@@ -1,6 +1,7 @@
 """The command line: its contract of streams, exit codes, names and lists."""
 
 import json
+import os
 import resource
 import statistics
 import subprocess
@@ -204,3 +205,13 @@ def test_no_size_is_a_usage_error(text, seeds, tmp_path):
     result = run_cli("merge", "--seeds", *seeds, "--recipe", "bam", f"--max-shard-size={text}", cwd=tmp_path)
     assert (result.returncode, result.stdout) == (2, "")
     assert "5GB" in result.stderr
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
+def test_output_that_cannot_be_written_is_told():
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            [sys.executable, "-m", "upcycle", "recipes"], stdout=full, stderr=subprocess.PIPE, text=True, check=False
+        )
+    assert done.returncode == 1
+    assert done.stderr == "error: what was to be printed cannot be written: No space left on device\n"

@@ -20,7 +20,8 @@ from upcycle.numeric import FLOATS, to_float32
 
 SAMPLE_ELEMENTS: Final = 2048
 MAX_SPEC: Final = 1000
-MAX_TOKENIZER: Final = 200_000_000  # bytes; Gemma's are 34 MB
+MAX_TOKENIZER: Final = 100_000_000  # bytes; Gemma's are 34 MB
+MAX_TOKENIZER_VALUES: Final = 4_000_000  # Gemma's have about 2.5 million, merges included
 # Specialists of one ancestor are near 1, models trained apart within 0.01 of 0 (see `relatedness`).
 MIN_COSINE: Final = 0.2
 MAX_ANCESTOR_COSINE: Final = 0.45  # see `find_ancestor`
@@ -258,7 +259,7 @@ def _file_hash(path: Path) -> str:
 
 def _token_ids(seed: Seed, file: str) -> dict[str, int]:
     try:
-        table = read_json(seed.folder / file, MAX_TOKENIZER)
+        table = read_json(seed.folder / file, MAX_TOKENIZER, MAX_TOKENIZER_VALUES)
         if file == "vocab.json":
             return {token: int(index) for token, index in table.items()}
         vocabulary = table["model"]["vocab"]
