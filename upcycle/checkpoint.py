@@ -51,7 +51,8 @@ MAX_HEADER: Final = 25_000_000  # real headers stay below 5 MB
 MAX_DIMENSIONS: Final = 8
 MAX_INDEX: Final = 25_000_000
 MAX_JSON: Final = 4_000_000  # a config.json or an upcycle.json
-MAX_VALUES: Final = 1_200_000  # in any of these: 90,000 tensors have as many
+MAX_VALUES: Final = 900_000  # in any of these: 65,000 tensors have as many
+MAX_UNQUOTED: Final = 500_000  # bytes on end without a quotation mark
 
 
 @dataclass(frozen=True)
@@ -65,8 +66,10 @@ class TensorInfo:
     nbytes: int
 
 
-def read_json(path: Path, limit: int = MAX_JSON, values: int = MAX_VALUES) -> dict[str, Any]:
-    """Read a JSON object of at most `limit` bytes and about so many `values`.
+def read_json(
+    path: Path, limit: int = MAX_JSON, values: int = MAX_VALUES, unquoted: int = MAX_UNQUOTED
+) -> dict[str, Any]:
+    """Read a JSON object of at most `limit` bytes, about so many `values`, and not too much `unquoted` on end.
 
     Raises:
         CheckpointError: the file is missing, no plain file, too large, no UTF-8, no JSON or no object.
@@ -76,7 +79,7 @@ def read_json(path: Path, limit: int = MAX_JSON, values: int = MAX_VALUES) -> di
             raise CheckpointError(f"{path} is no plain file; expected a JSON file")
         if path.stat().st_size > limit:
             raise CheckpointError(f"{path}: {path.stat().st_size} bytes, expected at most {limit}")
-        value = _parse(path.read_bytes(), values)
+        value = _parse(path.read_bytes(), values, unquoted)
     except (FileNotFoundError, NotADirectoryError):
         raise CheckpointError(f"{path} is missing") from None
     except (OSError, ValueError, RecursionError) as error:
@@ -86,11 +89,15 @@ def read_json(path: Path, limit: int = MAX_JSON, values: int = MAX_VALUES) -> di
     return value
 
 
-def _parse(data: bytes, limit: int, **options: Any) -> Any:
+def _parse(data: bytes, limit: int, unquoted: int, **options: Any) -> Any:
     """JSON of so few values that they fit into memory: 25 MB have room for some that would take a gigabyte."""
     values = data.count(b",") + data.count(b":") + data.count(b"[") + data.count(b"{")
     if values > limit:
         raise ValueError(f"about {values:,} values, expected at most {limit:,}")
+    # One string of 25 MB takes 100 MB with a single character beyond U+FFFF in it, and as much again in each message.
+    for start in range(0, len(data) - unquoted, unquoted):
+        if data.find(b'"', start, start + unquoted) < 0:
+            raise ValueError(f"{unquoted:,} bytes from byte {start:,} hold no quotation mark; one value is too large")
     return json.loads(data, **options)
 
 
@@ -139,7 +146,7 @@ def read_header(file: Path) -> dict[str, TensorInfo]:
                     f"{file}: a header of {length} bytes is announced, but the file has {size} bytes "
                     f"and a header at most {MAX_HEADER}; it is truncated or no safetensors file"
                 )
-            header = _parse(handle.read(length), MAX_VALUES, object_pairs_hook=_unique)
+            header = _parse(handle.read(length), MAX_VALUES, MAX_UNQUOTED, object_pairs_hook=_unique)
     except FileNotFoundError:
         raise CheckpointError(f"{file} is missing") from None
     except (OSError, ValueError, RecursionError) as error:
@@ -256,7 +263,12 @@ def index_json(shards: Sequence[Shard]) -> dict[str, Any]:
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:
     """Write an object as JSON, the same bytes for the same object."""
-    path.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n", encoding="ascii")
+    path.write_bytes(json_bytes(value))
+
+
+def json_bytes(value: Mapping[str, Any]) -> bytes:
+    """An object as `write_json` writes it."""
+    return (json.dumps(value, indent=2, sort_keys=True) + "\n").encode("ascii")
 
 
 def check_target(out: Path, overwrite: bool, sources: Sequence[Path]) -> None:
@@ -341,9 +353,14 @@ def staging(out: Path, check: Callable[[], None] = lambda: None, resumable: bool
 
 
 def empty(folder: Path) -> None:
-    """Remove what a folder holds; of links the link."""
+    """Remove what a folder holds."""
     for stale in folder.iterdir():
-        shutil.rmtree(stale) if stale.is_dir() and not stale.is_symlink() else stale.unlink()
+        remove(stale)
+
+
+def remove(path: Path) -> None:
+    """Remove a file or a folder with all that it holds; of a link the link."""
+    shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
 
 
 def partial_folder(out: Path) -> Path:

@@ -76,7 +76,7 @@ def _read(file: Path) -> tuple[dict[str, Any] | None, dict[str, list[str]]]:
                 former = value.get("identity", former)
                 if "tensor" in value:
                     claimed[str(value["tensor"])] = [str(one) for one in value["sums"]]
-            except (ValueError, AttributeError, KeyError, TypeError):
+            except (ValueError, AttributeError, KeyError, TypeError, RecursionError):
                 continue
     return former if isinstance(former, dict) else None, claimed
 

@@ -36,15 +36,16 @@ from upcycle.checkpoint import (
     check_target,
     index_json,
     plan_shards,
+    remove,
     staging,
     write_json,
 )
 from upcycle.checksums import TensorSum, sums_of, write_sums
 from upcycle.errors import CheckpointError, OutputError, SeedError
-from upcycle.journal import Journal, identity, stamp
+from upcycle.journal import JOURNAL, Journal, identity, stamp
 from upcycle.numeric import FLOATS, Array, first_not_finite, to_float32
 from upcycle.plan import MergePlan, Part, PlannedGroup, PlannedTensor, RandomInit, Source
-from upcycle.preflight import check_handles, check_place, check_sources
+from upcycle.preflight import check_handles, check_place, check_readable_again, check_sources
 
 THREADS: Final = 2
 CHUNK: Final = 4 << 20  # bytes a job moves
@@ -98,10 +99,12 @@ def merge(
     check_place(out, needed)
     shards = plan_shards([(tensor.name, tensor.dtype, tensor.shape) for tensor in plan.tensors], max_shard_size)
     check_handles(len(files) + len(shards))
+    check_readable_again(plan.sources[0].name, {CONFIG: plan.config, PROVENANCE: plan.provenance})
     same = identity(plan.digest(), max_shard_size, {source.name: source.tensors for source in plan.sources})
     try:
         with staging(out, check, resumable=True) as folder:
             journal = Journal(folder, same)
+            _keep_weights(folder, {shard.name for shard in shards})
             try:
                 sums = _write_weights(plan, folder, shards, journal, progress or _ignore, tell or _ignore)
             finally:
@@ -124,6 +127,13 @@ def merge(
             ) from error
         raise OutputError(f"output {out} cannot be written: {error}") from error
     return MergeResult(out, sum(shard.size for shard in shards), time.monotonic() - began)
+
+
+def _keep_weights(folder: Path, shards: set[str]) -> None:
+    """Remove what a former merge left but its journal and weights: links and such would be written through."""
+    for entry in folder.iterdir():
+        if entry.name != JOURNAL and not (entry.name in shards and entry.is_file() and not entry.is_symlink()):
+            remove(entry)
 
 
 def _ignore(_: Any) -> None:

@@ -4,9 +4,9 @@ import os
 import resource
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
-from upcycle.checkpoint import allocated_bytes, free_bytes, partial_folder
+from upcycle.checkpoint import MAX_JSON, allocated_bytes, free_bytes, json_bytes, partial_folder
 from upcycle.errors import OutputError, SeedError
 
 MARGIN: Final = 64 << 20  # bytes of disk to leave free beside the output
@@ -41,6 +41,21 @@ def check_place(out: Path, nbytes: int) -> None:
             f"output {out} needs {needed:,} bytes ({nbytes:,} and a margin), but only {free:,} are free on that disk; "
             "free some, or choose another --out"
         )
+
+
+def check_readable_again(seed: str, files: Mapping[str, Mapping[str, Any]]) -> None:
+    """Refuse to write JSON so large that it would be refused when read: a seed's config may hold anything.
+
+    Raises:
+        SeedError: the first of these files.
+    """
+    for name, value in files.items():
+        size = len(json_bytes(value))
+        if size > MAX_JSON:
+            raise SeedError(
+                f"seed '{seed}': with its config.json the result's {name} would have {size:,} bytes, expected at most "
+                f"{MAX_JSON:,}; it holds something large that is no setting of the model, so remove that"
+            )
 
 
 def check_handles(count: int) -> None:

@@ -259,7 +259,7 @@ def _file_hash(path: Path) -> str:
 
 def _token_ids(seed: Seed, file: str) -> dict[str, int]:
     try:
-        table = read_json(seed.folder / file, MAX_TOKENIZER, MAX_TOKENIZER_VALUES)
+        table = read_json(seed.folder / file, MAX_TOKENIZER, MAX_TOKENIZER_VALUES, MAX_TOKENIZER)
         if file == "vocab.json":
             return {token: int(index) for token, index in table.items()}
         vocabulary = table["model"]["vocab"]
@@ -269,7 +269,7 @@ def _token_ids(seed: Seed, file: str) -> dict[str, int]:
         return {str(token): int(index) for token, index in (vocabulary | added).items()}
     except CheckpointError as error:
         raise SeedError(f"{seed.where}: {error}") from error
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
+    except (AttributeError, KeyError, OverflowError, TypeError, ValueError) as error:
         raise SeedError(f"{seed.where}: no vocabulary can be read from {file} ({error!r})") from error
 
 
@@ -349,19 +349,16 @@ def read_license(folder: Path) -> str | None:
     card = folder / "README.md"
     if not card.is_file():
         return None
-    import yaml
-
     try:
         with card.open(encoding="utf-8") as file:
             text = file.read(MAX_CARD)
-        front = text.split("\n---", 1)[0].removeprefix("---\n") if text.startswith("---\n") else ""
-        found = yaml.safe_load(front)
-    except (OSError, ValueError, RecursionError, yaml.YAMLError):
+    except (OSError, ValueError):
         return None
-    license_name = found.get("license") if isinstance(found, dict) else None
-    if license_name == "other" and isinstance(found.get("license_name"), str):
-        license_name = found["license_name"]
-    return license_name[:100] if isinstance(license_name, str) else None
+    front = text.split("\n---", 1)[0] if text.startswith("---\n") else ""
+    # Two plain lines of its metadata: a YAML reader could be kept busy for hours by the others.
+    found = dict(re.findall(r"^(license|license_name): *[\"']?([\w.+-]{1,100})[\"']? *(?:#.*)?$", front, re.MULTILINE))
+    license_name = found.get("license")
+    return found.get("license_name", license_name) if license_name == "other" else license_name
 
 
 def check_related(seeds: Sequence[Seed], samples: Sequence[Mapping[str, bytes]]) -> None:
