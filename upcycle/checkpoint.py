@@ -79,7 +79,7 @@ def read_json(
             raise CheckpointError(f"{path} is no plain file; expected a JSON file")
         if path.stat().st_size > limit:
             raise CheckpointError(f"{path}: {path.stat().st_size} bytes, expected at most {limit}")
-        value = _parse(path.read_bytes(), values, unquoted)
+        value = parse_json(path.read_bytes(), values, unquoted)
     except (FileNotFoundError, NotADirectoryError):
         raise CheckpointError(f"{path} is missing") from None
     except (OSError, ValueError, RecursionError) as error:
@@ -89,7 +89,7 @@ def read_json(
     return value
 
 
-def _parse(data: bytes, limit: int, unquoted: int, **options: Any) -> Any:
+def parse_json(data: bytes, limit: int = MAX_VALUES, unquoted: int = MAX_UNQUOTED, **options: Any) -> Any:
     """JSON of so few values that they fit into memory: 25 MB have room for some that would take a gigabyte."""
     values = data.count(b",") + data.count(b":") + data.count(b"[") + data.count(b"{")
     if values > limit:
@@ -146,7 +146,7 @@ def read_header(file: Path) -> dict[str, TensorInfo]:
                     f"{file}: a header of {length} bytes is announced, but the file has {size} bytes "
                     f"and a header at most {MAX_HEADER}; it is truncated or no safetensors file"
                 )
-            header = _parse(handle.read(length), MAX_VALUES, MAX_UNQUOTED, object_pairs_hook=_unique)
+            header = parse_json(handle.read(length), MAX_VALUES, MAX_UNQUOTED, object_pairs_hook=_unique)
     except FileNotFoundError:
         raise CheckpointError(f"{file} is missing") from None
     except (OSError, ValueError, RecursionError) as error:

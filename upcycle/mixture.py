@@ -83,7 +83,8 @@ def _recipe(folder: Path, config: Mapping[str, Any], provenance: Mapping[str, An
         if type(config.get(key)) is not kind:
             raise CheckpointError(f"{folder / CONFIG}: {key} is {config.get(key)!r}, expected {kind.__name__}")
     names, count = config["expert_names"], config["num_experts"]
-    if not 1 <= config["num_experts_per_tok"] <= count or [type(name) for name in names] != [str] * count:
+    named = len(names) == count and all(type(name) is str for name in names)
+    if not named or not 1 <= config["num_experts_per_tok"] <= count:
         raise CheckpointError(
             f"{folder / CONFIG}: num_experts is {count}, but expert_names lists {len(names)} "
             f"and num_experts_per_tok is {config['num_experts_per_tok']}"

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final
 
-from upcycle.checkpoint import MAX_JSON, allocated_bytes, free_bytes, json_bytes, partial_folder
+from upcycle.checkpoint import MAX_JSON, allocated_bytes, free_bytes, json_bytes, parse_json, partial_folder
 from upcycle.errors import OutputError, SeedError
 
 MARGIN: Final = 64 << 20  # bytes of disk to leave free beside the output
@@ -50,12 +50,16 @@ def check_readable_again(seed: str, files: Mapping[str, Mapping[str, Any]]) -> N
         SeedError: the first of these files.
     """
     for name, value in files.items():
-        size = len(json_bytes(value))
-        if size > MAX_JSON:
+        data = json_bytes(value)
+        try:
+            if len(data) > MAX_JSON:
+                raise ValueError(f"{len(data):,} bytes, expected at most {MAX_JSON:,}")
+            parse_json(data)
+        except (ValueError, RecursionError) as error:
             raise SeedError(
-                f"seed '{seed}': with its config.json the result's {name} would have {size:,} bytes, expected at most "
-                f"{MAX_JSON:,}; it holds something large that is no setting of the model, so remove that"
-            )
+                f"seed '{seed}': with its config.json the result's {name} could not be read again: {error}; it holds "
+                "something large that is no setting of the model, so remove that"
+            ) from error
 
 
 def check_handles(count: int) -> None:

@@ -304,7 +304,10 @@ def relatedness(one: tuple[Seed, Mapping[str, bytes]], other: tuple[Seed, Mappin
         match = other[0].tensors.get(name)
         if match is None or ".layers." not in name or len(info.shape) < 2 or info.dtype not in FLOATS:
             continue
-        a, b = to_float32(one[1][name], info.dtype), to_float32(other[1][name], match.dtype)
+        with np.errstate(invalid="ignore"):  # what is no number is refused where it is read
+            # In float64, where no product of two floats overflows.
+            a = to_float32(one[1][name], info.dtype).astype(np.float64)
+            b = to_float32(other[1][name], match.dtype).astype(np.float64)
         scale = float(np.linalg.norm(a) * np.linalg.norm(b))
         if 0 < scale < float("inf"):
             cosines.append(float(a @ b) / scale)
