@@ -179,8 +179,8 @@ def _remake(found: Verification, tensors: Mapping[str, TensorInfo], seeds: Seque
         found.problems.append(f"{found.folder / PROVENANCE} does not say how it was merged: {error!r}")
         return None
     found.problems.append(
-        f"{found.folder}: these seeds do not give the plan that {PROVENANCE} records, {str(record.get('plan'))[:12]}…; a "
-        "seed was changed since, or another version of upcycle merged it"
+        f"{found.folder}: these seeds do not give the plan that {PROVENANCE} records, {str(record.get('plan'))[:12]}…; "
+        "a seed was changed since, or another version of upcycle merged it"
     )
     return None
 
