@@ -24,8 +24,6 @@ from typing import Any
 import torch
 
 ROOT = Path(__file__).resolve().parents[1]
-# This folder must not be searched for modules: transformers looks for a library named "kernels".
-sys.path[:] = [folder for folder in sys.path if Path(folder).resolve() != ROOT / "benchmarks"]
 if find_spec("upcycle") is None:  # on a machine where nothing can be installed
     sys.path.insert(0, str(ROOT))
 
@@ -292,7 +290,7 @@ def _cell(row: Mapping[str, Any], column: str) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("files", nargs="+", type=Path, help="what kernels.py and train_step.py wrote")
+    parser.add_argument("files", nargs="+", type=Path, help="what fused_kernels.py and train_step.py wrote")
     print("\n\n".join(tables(json.loads(file.read_text())) for file in parser.parse_args().files))
 
 

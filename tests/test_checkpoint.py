@@ -1,6 +1,8 @@
 """Headers, shards and the staging folder."""
 
+import fcntl
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -8,7 +10,15 @@ import pytest
 from safetensors import safe_open
 from safetensors.numpy import save_file
 
-from upcycle.checkpoint import check_target, plan_shards, read_header, read_json, read_tensors, staging
+from upcycle.checkpoint import (
+    check_target,
+    partial_folder,
+    plan_shards,
+    read_header,
+    read_json,
+    read_tensors,
+    staging,
+)
 from upcycle.errors import CheckpointError, OutputError
 
 
@@ -125,6 +135,52 @@ def test_two_processes_never_write_one_output(tmp_path):
     with staging(tmp_path / "out"), pytest.raises(OutputError, match="another process"), staging(tmp_path / "out"):
         pass
     assert (tmp_path / "out").exists()
+
+
+def test_a_lock_on_a_folder_that_was_put_in_its_place_is_none(tmp_path, monkeypatch):
+    """Opened just before its holder renamed it: by then another process may hold a new one of that name."""
+    out, real = tmp_path / "out", fcntl.flock
+    partial = partial_folder(out)
+
+    def late(lock, how):
+        monkeypatch.setattr(fcntl, "flock", real)
+        partial.rename(tmp_path / "finished")
+        partial.mkdir()
+        (partial / "theirs").touch()
+        late.holder = os.open(partial, os.O_RDONLY)
+        real(late.holder, how)
+        real(lock, how)
+
+    monkeypatch.setattr(fcntl, "flock", late)
+    with pytest.raises(OutputError, match="another process"), staging(out):
+        pass
+    assert (partial / "theirs").exists()
+    os.close(late.holder)
+    with staging(out) as free:
+        assert not list(free.iterdir())
+
+
+def test_an_overwrite_that_was_killed_is_told_first(tmp_path):
+    out = tmp_path / "out"
+    with staging(out) as partial:
+        (partial / "upcycle.json").write_text("{}")
+    out.rename(tmp_path / ".out.upcycle-old")
+    with pytest.raises(OutputError, match="an overwrite that was killed moved it"):
+        check_target(out, False, [])
+    check_target(out, True, [])
+    out.mkdir()
+    with staging(out):
+        assert (out / "upcycle.json").exists()  # an empty folder is no result
+
+
+def test_tables_in_tables_are_refused_at_any_depth(tmp_path):
+    for depth, fine in ((40, True), (60, False), (900, False)):
+        (tmp_path / "x.json").write_text('{"a":' * depth + "1" + "}" * depth)
+        if fine:
+            read_json(tmp_path / "x.json")
+        else:
+            with pytest.raises(CheckpointError, match="deep"):
+                read_json(tmp_path / "x.json")
 
 
 def test_remains_of_a_killed_run_do_not_enter_the_next(tmp_path):

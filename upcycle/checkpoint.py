@@ -52,6 +52,7 @@ MAX_DIMENSIONS: Final = 8
 MAX_INDEX: Final = 25_000_000
 MAX_JSON: Final = 4_000_000  # a config.json or an upcycle.json
 MAX_VALUES: Final = 900_000  # in any of these: 65,000 tensors have as many
+MAX_DEPTH: Final = 50
 MAX_UNQUOTED: Final = 500_000  # bytes on end without a quotation mark
 
 
@@ -80,6 +81,8 @@ def read_json(
         if path.stat().st_size > limit:
             raise CheckpointError(f"{path}: {path.stat().st_size} bytes, expected at most {limit}")
         value = parse_json(path.read_bytes(), values, unquoted)
+        if not _is_shallow(value):
+            raise ValueError(f"tables in tables, more than {MAX_DEPTH} deep")
     except (FileNotFoundError, NotADirectoryError):
         raise CheckpointError(f"{path} is missing") from None
     except (OSError, ValueError, RecursionError) as error:
@@ -99,6 +102,17 @@ def parse_json(data: bytes, limit: int = MAX_VALUES, unquoted: int = MAX_UNQUOTE
         if data.find(b'"', start, start + unquoted) < 0:
             raise ValueError(f"{unquoted:,} bytes from byte {start:,} hold no quotation mark; one value is too large")
     return json.loads(data, **options)
+
+
+def _is_shallow(value: Any) -> bool:
+    """Whether tables and lists lie at most `MAX_DEPTH` deep within one another, so that recursion may walk them."""
+    level = [value] if isinstance(value, (dict, list)) else []
+    for _ in range(MAX_DEPTH):
+        inside = [one for table in level for one in (table.values() if isinstance(table, dict) else table)]
+        level = [one for one in inside if isinstance(one, (dict, list))]
+        if not level:
+            return True
+    return False
 
 
 def read_tensors(folder: Path) -> dict[str, TensorInfo]:
@@ -293,6 +307,11 @@ def _check_target(out: Path, overwrite: bool, sources: Sequence[Path]) -> None:
         if target == source.resolve() or source.resolve() in target.parents or target in source.resolve().parents:
             raise OutputError(f"output {out} and input {source} lie within one another; choose another --out")
     if not out.exists():
+        if _old(target).exists() and not overwrite:
+            raise OutputError(
+                f"output {out} exists: an overwrite that was killed moved it to {_old(target)}; --yes goes on with it, "
+                "or move it back"
+            )
         return
     if not out.is_dir():
         raise OutputError(f"output {out} exists and is no folder; choose another --out")
@@ -324,25 +343,22 @@ def staging(out: Path, check: Callable[[], None] = lambda: None, resumable: bool
     made = [folder for folder in out.parents if not folder.exists()]
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        partial.mkdir(exist_ok=True)
-        lock = os.open(partial, os.O_RDONLY)
+        lock = _locked(partial)
     except OSError as error:
         raise OutputError(f"{partial} cannot be made: {error.strerror}") from error
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        os.close(lock)
-        raise OutputError(f"another process is writing {partial}; wait for it, or choose another --out") from None
     try:
         _restore(out)
         if not resumable:
             empty(partial)  # of a killed run's remains
         yield partial
+        for file in partial.iterdir():
+            if file.is_file():
+                _sync(file)
         os.fsync(lock)
         check()
         _replace(partial, out)
     except BaseException as error:
-        if not (resumable and isinstance(error, KeyboardInterrupt)):
+        if _is_at(lock, partial) and not (resumable and isinstance(error, KeyboardInterrupt)):
             shutil.rmtree(partial, ignore_errors=True)
             with suppress(OSError):  # somebody else may have put something there
                 for folder in made:
@@ -350,6 +366,41 @@ def staging(out: Path, check: Callable[[], None] = lambda: None, resumable: bool
         raise
     finally:
         os.close(lock)
+
+
+def _locked(partial: Path) -> int:
+    """A descriptor of the folder, made and locked; the lock ends with it, or with the process.
+
+    Raises:
+        OutputError: another process holds it.
+    """
+    while True:
+        partial.mkdir(exist_ok=True)
+        lock = os.open(partial, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            os.close(lock)
+            raise OutputError(f"another process is writing {partial}; wait for it, or choose another --out") from None
+        if _is_at(lock, partial):
+            return lock
+        os.close(lock)  # whoever held it has just put it in its place; another one may be there already
+
+
+def _is_at(descriptor: int, path: Path) -> bool:
+    """Whether a path still leads to what is open."""
+    try:
+        return os.path.samestat(os.fstat(descriptor), path.lstat())
+    except OSError:
+        return False
+
+
+def _sync(file: Path) -> None:
+    descriptor = os.open(file, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def empty(folder: Path) -> None:
@@ -388,9 +439,13 @@ def _old(out: Path) -> Path:
 def _restore(out: Path) -> None:
     """Finish what a kill between the two renames left: the former result back, or gone if the new one stands."""
     old = _old(out)
-    if old.exists() and out.exists():
-        shutil.rmtree(old)
-    elif old.exists():
+    if not old.exists():
+        return
+    if out.is_dir() and not any(out.iterdir()):
+        out.rmdir()  # somebody made it since
+    if out.exists():
+        shutil.rmtree(old, ignore_errors=True)  # its last holder may still be at it
+    else:
         old.rename(out)
 
 
@@ -403,6 +458,8 @@ def free_bytes(folder: Path) -> int:
 
 def allocated_bytes(folder: Path) -> int:
     """Bytes of the disk that a folder's files take, which may be sparse; 0 where there is no folder."""
-    if not folder.is_dir():
-        return 0
-    return sum(512 * file.lstat().st_blocks for file in folder.iterdir() if file.is_file())
+    total = 0
+    with suppress(OSError):  # another process may be putting it in its place
+        for file in folder.iterdir():
+            total += 512 * file.lstat().st_blocks
+    return total

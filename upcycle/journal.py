@@ -60,10 +60,10 @@ def identity(plan: str, max_shard_size: int, sources: Mapping[str, Mapping[str, 
     return {"upcycle": __version__, "sources": stamps, "plan": plan, "max_shard_size": max_shard_size}
 
 
-def stamp(file: Path) -> tuple[int, int, int]:
-    """What changes when a file does: inode, size, and time of change in ns."""
+def stamp(file: Path) -> tuple[int, int, int, int]:
+    """What changes when a file does: inode, size, and the times in ns of which nobody can set the latter back."""
     status = file.stat()
-    return status.st_ino, status.st_size, status.st_mtime_ns
+    return status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns
 
 
 def _read(file: Path) -> tuple[dict[str, Any] | None, dict[str, list[str]]]:

@@ -11,6 +11,7 @@ import sys
 import time
 import traceback
 from collections import Counter
+from contextlib import suppress
 from pathlib import Path
 
 from tests.fuzz.kills import CASES, digests, make_plan
@@ -51,7 +52,8 @@ def watch(folder: Path, out: Path, until: float, results: list[dict[str, str]]) 
         counts["seen"] += 1
         if found not in results:
             counts["not whole"] += 1
-            shutil.copytree(out, folder / "not-whole", dirs_exist_ok=True)
+            with suppress(OSError):  # it may be replaced meanwhile
+                shutil.copytree(out, folder / "not-whole", dirs_exist_ok=True)
     return counts
 
 

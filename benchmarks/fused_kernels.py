@@ -1,7 +1,7 @@
 """The fused kernels on one CUDA card against what else computes the same, in one run of about two minutes.
 
-    python benchmarks/kernels.py --out kernels.json
-    python benchmarks/kernels.py --smoke             # tiny, on a CPU: shows that the script runs
+    python benchmarks/fused_kernels.py --out kernels.json
+    python benchmarks/fused_kernels.py --smoke             # tiny, on a CPU: shows that the script runs
 
 Routed FFN experts by every backend of `upcycle train --experts-backend`, by ScatterMoE and by a sorted loop of cuBLAS
 products; the attention mixture's gates, fused and plain; the widened attention against a loop over its experts. All
