@@ -3,6 +3,8 @@
 import fcntl
 import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -240,3 +242,13 @@ def test_only_a_former_result_is_overwritten(tmp_path):
     for within in (seed, seed / "sub", tmp_path):
         with pytest.raises(OutputError, match="within one another"):
             check_target(within, True, [seed])
+
+
+def test_merges_to_one_output_at_once_show_whole_results_alone(tmp_path):
+    command = [sys.executable, "-m", "tests.fuzz.at_once", str(tmp_path / "x"), "3"]
+    done = subprocess.run(command, cwd=Path(__file__).parents[1], capture_output=True, text=True, check=True)
+    seen = json.loads(done.stdout)
+    assert seen.keys() == {"seen", "refused", "merged", "whole at the end", "left beside it"}
+    assert min(seen["seen"], seen["refused"], seen["merged"]) > 0
+    assert seen["whole at the end"]
+    assert not seen["left beside it"]
