@@ -162,14 +162,16 @@ def test_a_lock_on_a_folder_that_was_put_in_its_place_is_none(tmp_path, monkeypa
         assert not list(free.iterdir())
 
 
-def test_an_overwrite_that_was_killed_is_told_first(tmp_path):
+def test_a_former_result_that_a_killed_overwrite_left_aside_is_put_back_first(tmp_path):
     out = tmp_path / "out"
     with staging(out) as partial:
         (partial / "upcycle.json").write_text("{}")
     out.rename(tmp_path / ".out.upcycle-old")
-    with pytest.raises(OutputError, match="an overwrite that was killed moved it"):
+    with pytest.raises(OutputError, match="exists; --yes overwrites it"):
         check_target(out, False, [])
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
     check_target(out, True, [])
+    out.rename(tmp_path / ".out.upcycle-old")
     out.mkdir()
     with staging(out):
         assert (out / "upcycle.json").exists()  # an empty folder is no result

@@ -306,12 +306,9 @@ def _check_target(out: Path, overwrite: bool, sources: Sequence[Path]) -> None:
     for source in sources:
         if target == source.resolve() or source.resolve() in target.parents or target in source.resolve().parents:
             raise OutputError(f"output {out} and input {source} lie within one another; choose another --out")
+    if _old(target).exists():
+        _repair(target)
     if not out.exists():
-        if _old(target).exists() and not overwrite:
-            raise OutputError(
-                f"output {out} exists: an overwrite that was killed moved it to {_old(target)}; --yes goes on with it, "
-                "or move it back"
-            )
         return
     if not out.is_dir():
         raise OutputError(f"output {out} exists and is no folder; choose another --out")
@@ -447,6 +444,18 @@ def _restore(out: Path) -> None:
         shutil.rmtree(old, ignore_errors=True)  # its last holder may still be at it
     else:
         old.rename(out)
+
+
+def _repair(out: Path) -> None:
+    """Put a former result back that a killed overwrite left aside; not while another process is at it."""
+    with suppress(OutputError, OSError):
+        lock = _locked(partial_folder(out))
+        try:
+            _restore(out)
+            with suppress(OSError):  # what a killed merge wrote stays
+                partial_folder(out).rmdir()
+        finally:
+            os.close(lock)
 
 
 def free_bytes(folder: Path) -> int:
