@@ -54,7 +54,7 @@ def merge(
 
     Example: upcycle merge --seeds code law math --recipe bam-kv-shared
     """
-    from upcycle.checkpoint import check_target
+    from upcycle.staging import check_target
 
     plan = make_plan(seeds, recipe, overrides or [], dtype, num_experts, random_seed, allow_unrelated)
     shard_bytes = parse_size(max_shard_size)
@@ -112,9 +112,9 @@ def show_plan(
 
 def run(plan: "MergePlan", out: Path, max_shard_size: int, overwrite: bool, as_json: bool) -> None:
     """Write a plan's checkpoint with a progress bar, and say what was made and how to load it."""
-    from upcycle.checkpoint import partial_folder
     from upcycle.merge import merge
     from upcycle.scaling import DEFAULT_CONTEXT, plan_cost
+    from upcycle.staging import partial_folder
 
     cost, _ = plan_cost(plan, max_shard_size, DEFAULT_CONTEXT)
     with output.byte_progress(f"{plan.recipe.name} → {out}", plan.nbytes) as progress:

@@ -77,5 +77,6 @@ def _show(found: "Verification") -> None:
         done.append(f"{found.remade} are what the seeds give, to the bit")
     if found.loaded:
         done.append("it loads, and a forward is finite")
-    state = f"{len(found.problems)} problems" if found.problems else "all is well"
+    count = len(found.problems)
+    state = "1 problem" if count == 1 else f"{count} problems" if count else "all is well"
     output.data_line(f"{found.folder}: {state}; {'; '.join(done)}; {found.seconds:.2f} s")

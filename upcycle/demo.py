@@ -22,7 +22,6 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 from transformers.utils import logging
 
-from upcycle.checkpoint import staging
 from upcycle.comparison import evaluate_models
 from upcycle.data import parse_shares
 from upcycle.errors import OutputError, UpcycleError, did_you_mean
@@ -33,6 +32,7 @@ from upcycle.plan import count_experts, plan_merge
 from upcycle.recipe import Recipe, load_recipe
 from upcycle.report import write_report
 from upcycle.seeds import read_seeds
+from upcycle.staging import staging
 from upcycle.train import train as train_checkpoint
 from upcycle.training_settings import TrainingOptions
 

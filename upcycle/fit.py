@@ -8,11 +8,11 @@ from typing import Final
 import psutil
 import torch
 
-from upcycle.checkpoint import free_bytes
 from upcycle.errors import OutputError, TrainingError
 from upcycle.memory import TrainingMemory, training_memory
 from upcycle.optimization import parse_trained
 from upcycle.run_folder import KEPT
+from upcycle.staging import free_bytes
 from upcycle.training_settings import ModelFacts, Settings
 
 STATE_BYTES: Final = 12  # of a parameter in the training state: its fp32 value and two moments

@@ -10,7 +10,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
-from upcycle.checkpoint import TensorInfo, empty
+from upcycle.checkpoint import TensorInfo
+from upcycle.staging import empty
 from upcycle.version import __version__
 
 JOURNAL: Final = "journal.jsonl"

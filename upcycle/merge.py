@@ -12,7 +12,7 @@ import os
 import shutil
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -33,11 +33,8 @@ from upcycle.checkpoint import (
     TOKENIZER_CONFIG,
     Shard,
     TensorInfo,
-    check_target,
     index_json,
     plan_shards,
-    remove,
-    staging,
     write_json,
 )
 from upcycle.checksums import TensorSum, sums_of, write_sums
@@ -46,6 +43,7 @@ from upcycle.journal import JOURNAL, Journal, identity, stamp
 from upcycle.numeric import FLOATS, Array, first_not_finite, to_float32
 from upcycle.plan import MergePlan, Part, PlannedGroup, PlannedTensor, RandomInit, Source
 from upcycle.preflight import check_handles, check_place, check_readable_again, check_sources
+from upcycle.staging import check_target, remove, staging
 
 THREADS: Final = 2
 CHUNK: Final = 4 << 20  # bytes a job moves
@@ -109,14 +107,7 @@ def merge(
                 sums = _write_weights(plan, folder, shards, journal, progress or _ignore, tell or _ignore)
             finally:
                 journal.close()
-            for name, source in plan.copied.items():
-                shutil.copyfile(source, folder / name)
-            if plan.tokenizer_config is not None:
-                write_json(folder / TOKENIZER_CONFIG, plan.tokenizer_config)
-            if len(shards) > 1:
-                write_json(folder / INDEX, index_json(shards))
-            write_json(folder / PROVENANCE, {**plan.provenance, "plan": plan.digest()})
-            write_json(folder / CONFIG, plan.config)
+            _write_companions(plan, folder, shards)
             journal.remove()
             write_sums(folder, sums)
             _check_unchanged(plan, same)
@@ -127,6 +118,18 @@ def merge(
             ) from error
         raise OutputError(f"output {out} cannot be written: {error}") from error
     return MergeResult(out, sum(shard.size for shard in shards), time.monotonic() - began)
+
+
+def _write_companions(plan: MergePlan, folder: Path, shards: Sequence[Shard]) -> None:
+    """What lies beside the weights."""
+    for name, source in plan.copied.items():
+        shutil.copyfile(source, folder / name)
+    if plan.tokenizer_config is not None:
+        write_json(folder / TOKENIZER_CONFIG, plan.tokenizer_config)
+    if len(shards) > 1:
+        write_json(folder / INDEX, index_json(shards))
+    write_json(folder / PROVENANCE, {**plan.provenance, "plan": plan.digest()})
+    write_json(folder / CONFIG, plan.config)
 
 
 def _keep_weights(folder: Path, shards: set[str]) -> None:

@@ -6,8 +6,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final
 
-from upcycle.checkpoint import MAX_JSON, allocated_bytes, free_bytes, json_bytes, parse_json, partial_folder
+from upcycle.checkpoint import MAX_JSON, json_bytes, parse_json
 from upcycle.errors import OutputError, SeedError
+from upcycle.staging import allocated_bytes, free_bytes, partial_folder
 
 MARGIN: Final = 64 << 20  # bytes of disk to leave free beside the output
 HANDLES: Final = 64  # open files of everything else

@@ -18,7 +18,6 @@ from accelerate import Accelerator
 from torch.distributed.device_mesh import init_device_mesh
 
 from upcycle.acceleration import speed_up
-from upcycle.checkpoint import partial_folder, staging
 from upcycle.data import Domain
 from upcycle.errors import OutputError, TrainingError
 from upcycle.evaluate import measure
@@ -30,6 +29,7 @@ from upcycle.processes import make_accelerator, mean_over_forwards, one_by_one
 from upcycle.run_folder import PROGRESS, RunFolder, copy_companions
 from upcycle.schedules import schedule
 from upcycle.speed import matmul_rate
+from upcycle.staging import partial_folder, staging
 from upcycle.stream import MAX_EPOCHS, Batch, TokenStream
 from upcycle.training_data import check_same, prepare_data, training_record
 from upcycle.training_settings import ModelFacts, Settings, TrainingOptions, local_files, read_facts, resolve
