@@ -26,6 +26,7 @@ from typing import Any
 import upcycle.merge as merging
 from tests.fuzz.checkpoints import checkpoint, config, write
 from upcycle import checkpoint as checkpoints
+from upcycle import staging
 from upcycle.errors import OutputError
 from upcycle.journal import JOURNAL
 from upcycle.plan import MergePlan, plan_merge
@@ -34,7 +35,10 @@ from upcycle.seeds import read_seeds
 from upcycle.verify import verify
 
 PAUSE = 0.002  # seconds that every slowed call sleeps
-CODE = {str(Path(merging.__file__).parent / f"{name}.py") for name in ("merge", "checkpoint", "journal", "checksums")}
+CODE = {
+    str(Path(merging.__file__).parent / f"{name}.py")
+    for name in ("merge", "staging", "checkpoint", "journal", "checksums")
+}
 Digests = Mapping[str, str]
 
 
@@ -126,8 +130,8 @@ def counting_lines(files: set[str], after: str, reached: Callable[[int], None]) 
 
 WAYS = {
     "line": (CODE, ""),
-    "line while renaming": ({checkpoints.__file__}, "_replace"),
-    "line while removing": ({checkpoints.__file__, shutil.__file__}, "_replace"),
+    "line while renaming": ({staging.__file__}, "_replace"),
+    "line while removing": ({staging.__file__, shutil.__file__}, "_replace"),
 }
 RENAMING = ("line while renaming", "line while removing")
 
