@@ -8,6 +8,7 @@ import logging
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from functools import partial
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
@@ -384,13 +385,27 @@ def test_less_is_kept_than_by_grouped_products(kernels: SimpleNamespace, monkeyp
     assert sizes["upcycle_fused"] < 0.5 * sizes["grouped_mm"]
 
 
+@pytest.mark.parametrize("gated", [True, False])
+def test_a_graph_can_be_gone_back_through_twice(kernels: SimpleNamespace, gated: bool) -> None:
+    """A backward writes the pre-activation's gradient over it; the next one must not take that for it."""
+    case = CASES["odd"]._replace(gated=gated)
+    inputs = draw(case, torch.float32)
+    leaves = {name: inputs[name].clone().requires_grad_() for name in NAMES[1:]}
+    tensors = [leaves["hidden"], inputs["index"], leaves["gates"], leaves["wide_in"], leaves["down"]]
+    output = kernels.ffn.fused_experts(*tensors, gated, case.activation)
+    back = partial(torch.autograd.grad, output, list(leaves.values()), inputs["gradient"])
+    first = back(retain_graph=True)
+    assert all(map(torch.equal, back(retain_graph=True), first))
+    assert all(map(torch.equal, back(create_graph=True), first))
+
+
 @pytest.mark.parametrize("saved", [True, False])
 @pytest.mark.parametrize("gated", [True, False])
 def test_operators_are_what_a_compiler_is_told(kernels: SimpleNamespace, saved: bool, gated: bool) -> None:
     inputs = draw(CASES["odd"] if gated else CASES["all experts"], torch.float32)
     schedule = kernels.schedule.make_schedule(inputs["index"], inputs["down"].shape[0], 16).tensors()
     tensors = [inputs[name].requires_grad_(saved) for name in ("hidden", "gates", "wide_in", "down")]
-    torch.library.opcheck(kernels.ffn.routed_experts, (*tensors, *schedule, gated, "silu", saved))
+    torch.library.opcheck(kernels.ffn.routed_experts, (*tensors, *schedule, gated, "silu", saved, False))
     heads, gates = torch.randn(2, 3, 24, requires_grad=saved), torch.randn(2, 3, 4, requires_grad=saved)
     torch.library.opcheck(kernels.heads.scaled_heads, (heads, gates, 2))
 

@@ -15,7 +15,7 @@ def activation_backward_kernel(
     down_ptr,  # [N, D, I]
     before_ptr,  # [M, W]: the pre-activation
     gates_ptr,  # [T, K]
-    before_gradient_ptr,  # [M, W], written
+    before_gradient_ptr,  # [M, W], written; may be `before_ptr`: a program reads and writes its own tile alone
     gated_inner_ptr,  # [M, I], written: g h, which the gradient of `down` reads
     gate_parts_ptr,  # [ceil(I / BLOCK_N), M] fp32, written: each column tile's share of the gates' gradient, by slot
     order_ptr,
@@ -107,8 +107,8 @@ def _activation_gradient(
     a = tl.load(before_ptrs, mask=valid, other=0.0).to(tl.float32)
     h, slope = activate_with_slope(a, ACTIVATION)
     if GATED:
+        b = tl.load(before_ptrs + I, mask=valid, other=0.0).to(tl.float32)  # before its gradient, which may replace it
         tl.store(gradient_ptrs + I, (gated_u * h).to(element), mask=valid)
-        b = tl.load(before_ptrs + I, mask=valid, other=0.0).to(tl.float32)
         h *= b
         slope *= b
     tl.store(gradient_ptrs, (gated_u * slope).to(element), mask=valid)

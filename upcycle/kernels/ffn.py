@@ -1,7 +1,8 @@
 """Routed FFN experts on fused kernels, with their gradients; `reference.experts` is the definition.
 
 Forward and backward are one custom operator each, so that torch.compile takes a layer whole. Kept for the backward: the
-pre-activation `[M, W]`, and the inputs. Every sum has one fixed order, so the same inputs give the same bits.
+pre-activation `[M, W]`, over which autograd's backward writes its gradient, and the inputs. Every sum has one fixed
+order, so the same inputs give the same bits.
 
 Axes: T tokens, K experts per token, M = T * K slots, N experts, D hidden, I inner, W = 2I (gated) or I.
 """
@@ -55,7 +56,7 @@ def fused_experts(
     save = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (hidden, gates, wide_in, down))
     schedule = make_schedule(index, down.shape[0], blocks_on(hidden.dtype, hidden.device).rows)
     output: torch.Tensor
-    output, _ = routed_experts(hidden, gates, wide_in, down, *schedule.tensors(), gated, activation, save)
+    output, _ = routed_experts(hidden, gates, wide_in, down, *schedule.tensors(), gated, activation, save, True)
     return output
 
 
@@ -100,8 +101,12 @@ def forward(
     gated: bool,
     activation: str,
     save: bool,
+    overwrite: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Output `[T, D]`, and the pre-activation `[M, W]` (empty if no backward follows), for a given schedule."""
+    """Output `[T, D]`, and the pre-activation `[M, W]` (empty if no backward follows), for a given schedule.
+
+    `overwrite`: nobody else reads the pre-activation, so that the backward may write its gradient over it.
+    """
     layout = Layout(gates.shape[1], gated, activation, blocks_on(hidden.dtype, hidden.device), save)
     schedule = Schedule(order, offsets, tile_expert, tile_start)
     hidden, gates, wide_in, down = (tensor.contiguous() for tensor in (hidden, gates, wide_in, down))
@@ -127,15 +132,33 @@ def backward(
     wanted: Sequence[bool],
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Gradients of hidden states, gates and both weights, those that are `wanted`; the others are empty."""
-    layout = Layout(gates.shape[1], gated, activation, blocks_on(hidden.dtype, hidden.device), True)
     schedule = Schedule(order, offsets, tile_expert, tile_start)
+    inputs = output_gradient, hidden, gates, wide_in, down
+    return _backward(*inputs, before, torch.empty_like(before), schedule, gated, activation, wanted)
+
+
+def _backward(
+    output_gradient: torch.Tensor,
+    hidden: torch.Tensor,
+    gates: torch.Tensor,
+    wide_in: torch.Tensor,
+    down: torch.Tensor,
+    before: torch.Tensor,
+    before_gradient: torch.Tensor,
+    schedule: Schedule,
+    gated: bool,
+    activation: str,
+    wanted: Sequence[bool],
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """`backward`, which writes the pre-activation's gradient to `before_gradient`; that may be `before` itself."""
+    layout = Layout(gates.shape[1], gated, activation, blocks_on(hidden.dtype, hidden.device), True)
     output_gradient, hidden, gates, wide_in, down = (
         tensor.contiguous() for tensor in (output_gradient, hidden, gates, wide_in, down)
     )
     hidden_gradient, _, wide_in_gradient, down_gradient = (x.new_empty(0) for x in (hidden, gates, wide_in, down))
     with torch.cuda.device_of(hidden):
-        before_gradient, gated_inner, gates_gradient = _activation_backward(
-            output_gradient, down, before, gates, schedule, layout
+        gated_inner, gates_gradient = _activation_backward(
+            output_gradient, down, before, gates, before_gradient, schedule, layout
         )
         if wanted[3]:
             down_gradient = _weight_backward(output_gradient, gated_inner, down, True, schedule, layout)
@@ -153,7 +176,7 @@ routed_experts_backward = torch.library.custom_op("upcycle::routed_experts_backw
 
 @routed_experts.register_fake
 def _(hidden: Any, gates: Any, wide_in: Any, down: Any, order: Any, *others: Any) -> Any:
-    save = others[-1]
+    *_, save, _ = others
     before = hidden.new_empty(order.shape[0] if save else 0, wide_in.shape[1])
     return hidden.new_empty(hidden.shape), before
 
@@ -165,17 +188,28 @@ def _(output_gradient: Any, hidden: Any, gates: Any, wide_in: Any, down: Any, *o
 
 
 def _keep(ctx: Any, inputs: Any, output: Any) -> None:
-    *tensors, ctx.gated, ctx.activation, _ = inputs
+    *tensors, ctx.gated, ctx.activation, _, ctx.overwrite = inputs
     ctx.set_materialize_grads(False)  # the pre-activation has no gradient, and zeros of its size would be made for it
     ctx.save_for_backward(*tensors[:4], output[1], *tensors[4:])
+    ctx.overwritten = False
 
 
 def _gradients(ctx: Any, output_gradient: torch.Tensor | None, _: Any) -> tuple[torch.Tensor | None, ...]:
     if output_gradient is None:
-        return (None,) * 11
+        return (None,) * 12
     wanted = list(ctx.needs_input_grad[:4])
-    found = routed_experts_backward(output_gradient, *ctx.saved_tensors, ctx.gated, ctx.activation, wanted)
-    return *(gradient if w else None for gradient, w in zip(found, wanted, strict=True)), *[None] * 7
+    hidden, gates, wide_in, down, before, *schedule = ctx.saved_tensors
+    if ctx.overwritten:  # by a former backward through the same graph (retain_graph=True)
+        before = routed_experts(hidden, gates, wide_in, down, *schedule, ctx.gated, ctx.activation, True, True)[1]
+    if ctx.overwrite and type(output_gradient) is torch.Tensor and not torch.is_grad_enabled():
+        # Autograd itself, neither a compiler's trace nor a graph of gradients: M * W numbers less at a step's peak.
+        ctx.overwritten = True
+        places = before, before, Schedule(*schedule)
+        found = _backward(output_gradient, hidden, gates, wide_in, down, *places, ctx.gated, ctx.activation, wanted)
+    else:
+        tensors = output_gradient, hidden, gates, wide_in, down, before, *schedule
+        found = routed_experts_backward(*tensors, ctx.gated, ctx.activation, wanted)
+    return *(gradient if w else None for gradient, w in zip(found, wanted, strict=True)), *[None] * 8
 
 
 routed_experts.register_autograd(_gradients, setup_context=_keep)
@@ -257,13 +291,13 @@ def _activation_backward(
     down: torch.Tensor,
     before: torch.Tensor,
     gates: torch.Tensor,
+    before_gradient: torch.Tensor,
     schedule: Schedule,
     layout: Layout,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The pre-activation's gradient `[M, W]`, gate * activation `[M, I]`, and the gates' gradient `[T, K]`."""
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Write the pre-activation's gradient; return gate * activation `[M, I]` and the gates' gradient `[T, K]`."""
     slots, (_, width, inner_size), tile = before.shape[0], down.shape, layout.blocks.activation
     column_tiles = triton.cdiv(inner_size, tile.columns)
-    before_gradient = torch.empty(before.shape, dtype=before.dtype, device=before.device)
     gated_inner = torch.empty(slots, inner_size, dtype=before.dtype, device=before.device)
     gate_parts = torch.empty(column_tiles, slots, dtype=torch.float32, device=before.device)
     activation_backward_kernel[(schedule.tile_expert.numel() * column_tiles,)](
@@ -276,7 +310,7 @@ def _activation_backward(
         ACTIVATION=layout.activation,
         **_settings(tile, layout.blocks.rows, before),
     )
-    return before_gradient, gated_inner, gate_parts.sum(0).to(gates.dtype).reshape(gates.shape)
+    return gated_inner, gate_parts.sum(0).to(gates.dtype).reshape(gates.shape)
 
 
 def _weight_backward(
