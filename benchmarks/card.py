@@ -38,10 +38,11 @@ COLUMNS |= {"over_btx": ".3f", "paper": "", "aim": ""}
 PARTS = ("ffn", "gates", "attention", "steps", "generation")
 
 
-def options(description: str | None) -> tuple[argparse.Namespace, torch.device]:
+def options(description: str | None, seconds: float) -> tuple[argparse.Namespace, torch.device]:
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, help="write the results as JSON, after each part")
     parser.add_argument("--smoke", action="store_true", help="tiny sizes on the CPU; the numbers mean nothing")
+    parser.add_argument("--seconds", type=float, default=seconds, help="the budget (default: %(default)s)")
     found = parser.parse_args()
     if not found.smoke and not torch.cuda.is_available():
         parser.error("no CUDA device; --smoke shows on a CPU that the script runs")
@@ -84,7 +85,8 @@ class Budget:
 def attempt(function: Callable[[], Any], limit: float) -> tuple[Any, str | None]:
     """A function's value, or why it has none: what one backend cannot must not stop the others.
 
-    It may take `limit` seconds, or what is left of an outer attempt's; it is stopped when Python has its turn.
+    It may take `limit` seconds, or what is left of an outer attempt's; it is stopped when Python has its turn, and each
+    second again, since an autotuner takes the first alarm for a failed compilation and tries the next of its settings.
     """
 
     def stop(*_: object) -> None:
@@ -92,7 +94,7 @@ def attempt(function: Callable[[], Any], limit: float) -> tuple[Any, str | None]
 
     former, began = signal.signal(signal.SIGALRM, stop), time.monotonic()
     outer = signal.getitimer(signal.ITIMER_REAL)[0]
-    signal.setitimer(signal.ITIMER_REAL, max(0.001, min(limit, outer or limit)))
+    signal.setitimer(signal.ITIMER_REAL, max(0.001, min(limit, outer or limit)), 1.0)
     try:
         return function(), None
     except Exception as error:  # any: compilers, kernels, memory, missing libraries
@@ -100,7 +102,7 @@ def attempt(function: Callable[[], Any], limit: float) -> tuple[Any, str | None]
     finally:
         signal.signal(signal.SIGALRM, former)
         left = max(0.001, outer - (time.monotonic() - began)) if outer else 0.0
-        signal.setitimer(signal.ITIMER_REAL, left)
+        signal.setitimer(signal.ITIMER_REAL, left, 1.0 if left else 0.0)
     release()  # raises if the card itself no longer answers: nothing that follows could be believed
     return None, failure
 
@@ -140,7 +142,8 @@ class Clock:
             return [1000 * (b - a) for a, b in pairwise(began)]
         pairs = []
         for _ in range(count):
-            self.flushed.zero_()
+            for _ in range(8):  # about 0.7 ms, in which the host gets ahead as it is in a training
+                self.flushed.zero_()
             begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             begin.record()
             call()

@@ -39,7 +39,7 @@ FULL = SimpleNamespace(
     tokens=(8192, 16384, 32768),
     attentions={"small": (1024, 8, 8, 128), "large": (2304, 18, 6, 128)},
     sequences=(4, 2048),
-    plan=SimpleNamespace(rounds=5, repeat=5, limit=75.0),
+    plan=SimpleNamespace(rounds=5, repeat=5, limit=30.0),
 )
 SMOKE = SimpleNamespace(
     experts=(4,),
@@ -267,8 +267,8 @@ def goals(results: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 
 def main() -> None:
-    options, device = card.options(__doc__)
-    sizes, clock, budget = SMOKE if options.smoke else FULL, card.Clock(device), card.Budget(SECONDS)
+    options, device = card.options(__doc__, SECONDS)
+    sizes, clock, budget = SMOKE if options.smoke else FULL, card.Clock(device), card.Budget(options.seconds)
     torch.manual_seed(0)
     results: dict[str, Any] = {"facts": card.facts(device), "ceilings": card.ceilings(clock)}
     results |= {"ffn": [], "gates": [], "attention": [], "goals": [], "dropped": budget.dropped}

@@ -240,9 +240,9 @@ def goals(results: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 
 def main() -> None:
-    options, device = card.options(__doc__)
+    options, device = card.options(__doc__, SECONDS)
     shape = SMOKE if options.smoke else FULL
-    clock, budget = card.Clock(device), card.Budget(SECONDS)
+    clock, budget = card.Clock(device), card.Budget(options.seconds)
     results: dict[str, Any] = {"facts": card.facts(device), "ceilings": card.ceilings(clock)}
     results |= {"steps": [], "generation": [], "goals": [], "dropped": budget.dropped}
     models = {"small": SMALL | TINY, "large": LARGE | TINY} if options.smoke else {"small": SMALL, "large": LARGE}
