@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 from . import output
+from .fetch import fetched_by_name
 from .merge import Json
 from .train import ExpertsBackend
 
@@ -30,7 +31,9 @@ Windows = Annotated[
 
 
 def evaluate(
-    models: Annotated[list[str], typer.Argument(help="Folders of mixtures and dense models.", metavar="MODEL ...")],
+    models: Annotated[
+        list[str], typer.Argument(help="Folders or Hub names of mixtures and dense models.", metavar="MODEL ...")
+    ],
     data: Data = None,
     base: Base = None,
     sequence_length: Annotated[
@@ -81,23 +84,25 @@ def evaluate(
     from upcycle.comparison import evaluate_models
     from upcycle.evaluation_inputs import EvaluationOptions
 
-    options = EvaluationOptions(
-        models=models,
-        data=sources,
-        base=base,
-        sequence_length=sequence_length,
-        stride=stride,
-        windows=windows,
-        batch_tokens=batch_tokens,
-        precision=precision,
-        experts_backend=experts_backend,
-        device=device,
-        tasks=tasks or [],
-        task_limit=task_limit,
-        few_shot=few_shot,
-    )
-    with window_progress() as progress:
+    with fetched_by_name([*models, *([base] if base else [])]) as folders, window_progress() as progress:
+        options = EvaluationOptions(
+            models=[folders[model] for model in models],
+            data=sources,
+            base=folders[base] if base else None,
+            sequence_length=sequence_length,
+            stride=stride,
+            windows=windows,
+            batch_tokens=batch_tokens,
+            precision=precision,
+            experts_backend=experts_backend,
+            device=device,
+            tasks=tasks or [],
+            task_limit=task_limit,
+            few_shot=few_shot,
+        )
         result = evaluate_models(options, progress)
+    called = {folder: source for source, folder in folders.items()}
+    result["models"] = {called[folder]: entry for folder, entry in result["models"].items()}
     if as_json:
         output.data_object(result)
     else:

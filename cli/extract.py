@@ -6,11 +6,12 @@ from typing import Annotated
 import typer
 
 from . import output
+from .fetch import fetched
 from .merge import Json, MaxShardSize, parse_size
 
 
 def extract(
-    mixture: Annotated[Path, typer.Argument(help="Folder of a BAM mixture.")],
+    mixture: Annotated[str, typer.Argument(metavar="MIXTURE", help="Folder or Hub name of a BAM mixture.")],
     expert: Annotated[str, typer.Option(help="The expert's number or name.")],
     out: Annotated[Path, typer.Option(help="Folder to make.")],
     max_shard_size: MaxShardSize = "5GB",
@@ -24,7 +25,7 @@ def extract(
     from upcycle.merge import merge
     from upcycle.mixture import find_expert, plan_extract, read_mixture
 
-    source = read_mixture(mixture)
+    source = read_mixture(fetched(mixture))
     plan = plan_extract(source, find_expert(source, expert))
     with output.byte_progress(f"{expert} → {out}", plan.nbytes) as progress:
         result = merge(plan, out, max_shard_size=parse_size(max_shard_size), overwrite=yes, progress=progress)

@@ -1,15 +1,15 @@
 """`upcycle generate`: a quick look at what a model says."""
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from . import output
+from .fetch import fetched
 
 
 def generate(
-    model: Annotated[Path, typer.Argument(help="Folder of a mixture or of a dense checkpoint.")],
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="Folder or Hub name of a mixture or dense checkpoint.")],
     text: Annotated[str, typer.Argument(help="The text to continue.")],
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens to add.")] = 64,
 ) -> None:
@@ -19,4 +19,4 @@ def generate(
     """
     from upcycle.generation import continue_text
 
-    output.data_line(continue_text(model, text, max_new_tokens))
+    output.data_line(continue_text(fetched(model), text, max_new_tokens))

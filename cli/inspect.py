@@ -1,5 +1,6 @@
 """`upcycle inspect`: what a checkpoint is, from its config and headers."""
 
+import os
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
@@ -7,21 +8,29 @@ from typing import Annotated
 import typer
 
 from . import output
+from .fetch import fetched
 from .merge import Json
 
 
 def inspect(
-    path: Annotated[Path, typer.Argument(help="Folder of a mixture or of a dense checkpoint.")], as_json: Json = False
+    path: Annotated[str, typer.Argument(metavar="MODEL", help="Folder or Hub name of a mixture or dense checkpoint.")],
+    as_json: Json = False,
 ) -> None:
     """Show what a checkpoint is: family, experts, recipe, sizes and cost; reads no weights."""
-    from upcycle.inspect import inspect_checkpoint
+    from upcycle.hub import is_offline, is_repository_name
+    from upcycle.inspect import inspect_checkpoint, inspect_repository
     from upcycle.scaling import DEFAULT_CONTEXT
 
-    found = inspect_checkpoint(path)
+    if os.path.lexists(path) or not is_repository_name(path):
+        found = inspect_checkpoint(Path(path))
+    elif is_offline():
+        found = inspect_checkpoint(fetched(path))
+    else:
+        found = inspect_repository(path)
     if as_json:
         output.data_object(
             {
-                "path": str(path),
+                "path": path,
                 "format": found.format,
                 "model_type": found.model_type,
                 "family": found.family,

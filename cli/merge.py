@@ -1,16 +1,20 @@
 """`upcycle merge`: several dense checkpoints into one mixture."""
 
 import re
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
 from . import output
+from .fetch import fetch_seeds
 
 if TYPE_CHECKING:
     from upcycle.plan import MergePlan
+    from upcycle.seeds import Seed
 
 DTYPES = {"bf16": "BF16", "fp16": "F16", "fp32": "F32"}
 
@@ -56,18 +60,21 @@ def merge(
     """
     from upcycle.staging import check_target
 
-    plan = make_plan(seeds, recipe, overrides or [], dtype, num_experts, random_seed, allow_unrelated)
+    make, read = read_merge(seeds, recipe, overrides or [], dtype, num_experts, random_seed, allow_unrelated)
+    plan = make(read)
     shard_bytes = parse_size(max_shard_size)
     experts = plan.num_experts if plan.format == "bam" else len(plan.sources)
     target = out or Path(f"{plan.recipe.name}-{experts}x")
     check_target(target, yes, [source.folder for source in plan.sources])
     if dry_run:
-        show_plan(plan, shard_bytes, as_json, target)
-    else:
-        run(plan, target, shard_bytes, yes, as_json)
+        show_plan(plan, read, shard_bytes, as_json, target)
+        return
+    if fetch_seeds(read):
+        plan = make(read)
+    run(plan, target, shard_bytes, yes, as_json)
 
 
-def make_plan(
+def read_merge(
     seeds: list[str],
     recipe: str,
     overrides: list[str],
@@ -75,39 +82,53 @@ def make_plan(
     num_experts: int | None,
     random_seed: int,
     allow_unrelated: bool,
-) -> "MergePlan":
-    """Read recipe and seeds and plan their merge."""
+) -> "tuple[Callable[[Sequence[Seed]], MergePlan], list[Seed]]":
+    """Read recipe and seeds; what plans their merge, and the seeds."""
     from upcycle.plan import plan_merge
     from upcycle.recipe import load_recipe
     from upcycle.seeds import read_seeds
 
-    return plan_merge(
+    make = partial(
+        plan_merge,
         load_recipe(recipe, overrides),
-        read_seeds(seeds),
         dtype=DTYPES[dtype] if dtype else None,
         num_experts=num_experts,
         random_seed=random_seed,
         allow_unrelated=allow_unrelated,
     )
+    read = read_seeds(seeds)
+    for seed, spec in zip(read, seeds, strict=True):
+        if seed.repository and seed.repository not in spec:
+            output.note(f"{spec} is now {seed.repository} on the Hub")
+    return make, read
 
 
 def show_plan(
-    plan: "MergePlan", max_shard_size: int, as_json: bool, out: Path | None = None, context: int | None = None
+    plan: "MergePlan",
+    read: "Sequence[Seed]",
+    max_shard_size: int,
+    as_json: bool,
+    out: Path | None = None,
+    context: int | None = None,
 ) -> None:
     """Print what a plan would make and what it costs."""
     from upcycle.scaling import DEFAULT_CONTEXT, plan_cost
+    from upcycle.seeds import download_bytes
 
     context = context or DEFAULT_CONTEXT
     cost, dense = plan_cost(plan, max_shard_size, context)
     seeds = [source.name for source in plan.sources]
     if as_json:
         about = {"format": plan.format, "model_type": plan.config["model_type"], "num_experts": plan.num_experts}
+        about |= {"download_bytes": download_bytes(read)}
         output.data_object(
             {"recipe": plan.recipe.name, "seeds": seeds, "out": out and str(out), **about, **asdict(cost)}
         )
         return
     title = f"{plan.recipe.name} of {', '.join(seeds)} ({plan.layout.model.family.architecture}), format {plan.format}"
     output.cost_table(title, cost, dense, context)
+    if any(seed.remote for seed in read):
+        output.data_line(f"To be downloaded: {output.size(download_bytes(read))}")
 
 
 def run(plan: "MergePlan", out: Path, max_shard_size: int, overwrite: bool, as_json: bool) -> None:

@@ -137,7 +137,9 @@ def byte_progress(label: str, total: int) -> Iterator[Callable[[int], None]]:
         TransferSpeedColumn(),
         TimeRemainingColumn(),
     )
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
+    with Progress(
+        *columns, console=console, transient=True, disable=not console.is_terminal or not is_first_process()
+    ) as progress:
         task = progress.add_task(label, total=total)
         yield lambda count: progress.advance(task, count)
 

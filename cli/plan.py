@@ -16,8 +16,8 @@ from .merge import (
     Overrides,
     RecipeName,
     Unrelated,
-    make_plan,
     parse_size,
+    read_merge,
     show_plan,
 )
 
@@ -25,7 +25,8 @@ from .merge import (
 def plan(
     recipe: RecipeName,
     seeds: Annotated[
-        list[str] | None, typer.Option("--seeds", metavar="[NAME=]SEED ...", help="Folders of the dense checkpoints.")
+        list[str] | None,
+        typer.Option("--seeds", metavar="[NAME=]SEED ...", help="Folders, or Hub repositories: repo@revision."),
     ] = None,
     config: Annotated[
         Path | None, typer.Option(help="A dense model's config.json instead of seeds, with --num-experts.")
@@ -61,8 +62,8 @@ def plan(
     if seeds and gpus:
         raise typer.BadParameter("--gpus needs --config; give the config.json of one of the seeds")
     if seeds:
-        made = make_plan(seeds, recipe, overrides or [], dtype, num_experts, 0, allow_unrelated)
-        show_plan(made, parse_size(max_shard_size), as_json, context=context)
+        make, read = read_merge(seeds, recipe, overrides or [], dtype, num_experts, 0, allow_unrelated)
+        show_plan(make(read), read, parse_size(max_shard_size), as_json, context=context)
         return
     from upcycle.recipe import load_recipe
     from upcycle.scaling import config_cost, config_training

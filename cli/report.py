@@ -7,12 +7,14 @@ import typer
 
 from . import output
 from .evaluate import Base, Data, Windows, window_progress
+from .fetch import fetched_by_name
 from .merge import Json
 
 
 def report(
     paths: Annotated[
-        list[Path], typer.Argument(help="Folders of trainings, mixtures or dense models.", metavar="RUN|MODEL ...")
+        list[str],
+        typer.Argument(help="Folders or Hub names of trainings, mixtures or dense models.", metavar="RUN|MODEL ..."),
     ],
     data: Data = None,
     base: Base = None,
@@ -35,8 +37,12 @@ def report(
     check_output(out, yes)
     if evaluation and data:
         raise typer.BadParameter("--evaluation and --data exclude one another")
-    measured = read_evaluation(evaluation) if evaluation else _evaluate(paths, data, base, windows) if data else None
-    written = write_report(paths, out, measured, yes)
+    with fetched_by_name([*paths, *([base] if base else [])]) as found:
+        folders, base = [Path(found[path]) for path in paths], found[base] if base else None
+        measured = _evaluate(folders, data, base, windows) if data else None
+        if evaluation:
+            measured = read_evaluation(evaluation)
+        written = write_report(folders, out, measured, yes)
     if as_json:
         output.data_object(
             {"out": str(written.out), "bytes": written.bytes, "pictures": [str(path) for path in written.pictures]}

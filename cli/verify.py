@@ -1,11 +1,11 @@
 """`upcycle verify`: a checkpoint against its checksums, its plan and its seeds."""
 
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from . import output
+from .fetch import fetch_seeds, fetched
 from .merge import Json
 
 if TYPE_CHECKING:
@@ -15,7 +15,9 @@ SHOWN = 20
 
 
 def verify(
-    checkpoint: Annotated[Path, typer.Argument(help="Folder of a mixture or a dense model.")],
+    checkpoint: Annotated[
+        str, typer.Argument(metavar="CHECKPOINT", help="Folder or Hub name of a mixture or a dense model.")
+    ],
     seeds: Annotated[
         list[str] | None,
         typer.Option(
@@ -35,14 +37,18 @@ def verify(
     """
     from upcycle.checkpoint import read_tensors
     from upcycle.errors import UpcycleError
+    from upcycle.seeds import read_seeds
     from upcycle.verify import verify as run
 
+    folder = fetched(checkpoint)
+    if seeds:
+        fetch_seeds(read_seeds(seeds))
     try:
-        size = sum(info.nbytes for info in read_tensors(checkpoint).values())
+        size = sum(info.nbytes for info in read_tensors(folder).values())
     except UpcycleError:  # it will be said with everything else
         size = 0
     with output.byte_progress(f"verifying {checkpoint}", size) as progress:
-        found = run(checkpoint, seeds or [], load, progress)
+        found = run(folder, seeds or [], load, progress)
     if as_json:
         output.data_object(
             {

@@ -5,7 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 import upcycle
+from tests.hub_server import HubServer
 from tests.tiny import BY_NAME, VOCAB, make_seed, make_seeds
 from upcycle.merge import merge
 from upcycle.plan import plan_merge
@@ -52,6 +53,13 @@ def branch(base: Path, folder: Path, random_seed: int, scale: float = 0.02) -> P
     }
     save_file(noisy, folder / "model.safetensors", metadata={"format": "pt"})
     return folder
+
+
+@pytest.fixture
+def hub() -> Iterator[HubServer]:
+    """A Hub of this test's own."""
+    with HubServer() as server:
+        yield server
 
 
 @pytest.fixture

@@ -9,10 +9,11 @@ from safetensors.torch import load_file, save_file
 
 from tests.conftest import branch, run_cli, write_tokenizer
 from tests.tiny import BY_NAME, VOCAB, edit_json, make_seed
+from upcycle.ancestry import find_ancestor, fingerprint, relatedness, sample
 from upcycle.errors import SeedError
 from upcycle.plan import plan_merge
 from upcycle.recipe import load_recipe
-from upcycle.seeds import find_ancestor, fingerprint, read_license, read_seed, read_seeds, relatedness, sample
+from upcycle.seeds import read_license, read_seed, read_seeds
 
 OUT = "bam-kv-shared-3x"
 

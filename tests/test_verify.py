@@ -181,7 +181,7 @@ def test_other_seeds_are_told(merged, seeds):
 
 def test_a_targeted_edit_of_a_seed_is_seen_in_its_tensor(seeds, tmp_path, monkeypatch):
     """One number, in an element that no fingerprint samples."""
-    monkeypatch.setattr("upcycle.seeds.SAMPLE_ELEMENTS", 64)
+    monkeypatch.setattr("upcycle.ancestry.SAMPLE_ELEMENTS", 64)
     merged = tmp_path / "out"
     merge(make_plan(seeds), merged)
     file = seeds[1] / "model.safetensors"

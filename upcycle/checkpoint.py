@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -15,6 +15,7 @@ INDEX: Final = "model.safetensors.index.json"
 CONFIG: Final = "config.json"
 PROVENANCE: Final = "upcycle.json"
 SUMS: Final = "upcycle.sums.json"
+CARD: Final = "README.md"
 TOKENIZER_CONFIG: Final = "tokenizer_config.json"
 # What a result takes over byte for byte, from the first seed.
 COPIED_FILES: Final = (
@@ -122,6 +123,15 @@ def read_tensors(folder: Path) -> dict[str, TensorInfo]:
         return read_header(folder / WEIGHTS)
     if not (folder / INDEX).is_file():
         raise CheckpointError(_no_weights(folder))
+    return read_index(folder, read_header)
+
+
+def read_index(folder: Path, header: Callable[[Path], dict[str, TensorInfo]]) -> dict[str, TensorInfo]:
+    """Every tensor that the index names, by the `header` of the shard it lies in.
+
+    Raises:
+        CheckpointError: a damaged index, or one that its shards contradict.
+    """
     weight_map = read_json(folder / INDEX, MAX_INDEX).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(f"{folder / INDEX}: 'weight_map' is missing or empty")
@@ -133,7 +143,7 @@ def read_tensors(folder: Path) -> dict[str, TensorInfo]:
                 f"{folder / INDEX}: '{name}' lies in {shard!r}, expected a file name in the same folder"
             )
         if shard not in headers:
-            headers[shard] = read_header(folder / shard)
+            headers[shard] = header(folder / shard)
         if name not in headers[shard]:
             raise CheckpointError(f"{folder / INDEX}: '{name}' should lie in {shard}, which does not hold it")
         tensors[name] = headers[shard][name]
@@ -150,17 +160,28 @@ def read_header(file: Path) -> dict[str, TensorInfo]:
         if file.exists() and not file.is_file():
             raise CheckpointError(f"{file} is no plain file; expected a safetensors file")
         with file.open("rb") as handle:
-            size = os.fstat(handle.fileno()).st_size
-            length = int.from_bytes(handle.read(8), "little")
-            if size < 8 or length > min(size - 8, MAX_HEADER):
-                raise CheckpointError(
-                    f"{file}: a header of {length} bytes is announced, but the file has {size} bytes "
-                    f"and a header at most {MAX_HEADER}; it is truncated or no safetensors file"
-                )
-            header = parse_json(handle.read(length), MAX_VALUES, MAX_UNQUOTED, object_pairs_hook=_unique)
+            return parse_header(file, os.fstat(handle.fileno()).st_size, handle.read)
     except FileNotFoundError:
         raise CheckpointError(f"{file} is missing") from None
-    except (OSError, ValueError, RecursionError) as error:
+    except OSError as error:
+        raise CheckpointError(f"{file}: the header cannot be read: {error}") from error
+
+
+def parse_header(file: Path, size: int, read: Callable[[int], bytes]) -> dict[str, TensorInfo]:
+    """The tensors of a safetensors file of `size` bytes, of which `read` gives the next ones, from the first on.
+
+    Raises:
+        CheckpointError: the file and what was expected of and found in it.
+    """
+    length = int.from_bytes(read(8), "little")
+    if size < 8 or length > min(size - 8, MAX_HEADER):
+        raise CheckpointError(
+            f"{file}: a header of {length} bytes is announced, but the file has {size} bytes "
+            f"and a header at most {MAX_HEADER}; it is truncated or no safetensors file"
+        )
+    try:
+        header = parse_json(read(length), MAX_VALUES, MAX_UNQUOTED, object_pairs_hook=_unique)
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{file}: the header cannot be read: {error}") from error
     if not isinstance(header, dict):
         raise CheckpointError(f"{file}: the header is no JSON object")

@@ -28,6 +28,10 @@ class DataError(UpcycleError):
     """Training or evaluation data that cannot be read, or that does not fit the model."""
 
 
+class HubError(UpcycleError):
+    """The Hugging Face Hub refuses, lacks or cannot be asked for what is needed."""
+
+
 class TrainingError(UpcycleError):
     """A training that cannot start, go on or be resumed."""
 

@@ -1,11 +1,13 @@
 """What a checkpoint is, read off its config and headers."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from upcycle.checkpoint import CONFIG, read_json, read_tensors
+from upcycle.checkpoint import CONFIG, PROVENANCE, TensorInfo, read_json, read_tensors
 from upcycle.dense_config import DenseModel, read_dense
 from upcycle.errors import CheckpointError, RecipeError
+from upcycle.hub import find_repository, read_remote_tensors
 from upcycle.layout import make_layout
 from upcycle.mixture import read_mixture
 from upcycle.numeric import TORCH_NAMES
@@ -30,28 +32,43 @@ class Inspection:
     dense: Cost
 
 
-def inspect_checkpoint(folder: Path) -> Inspection:
-    """Read a mixture's or a dense checkpoint's config and headers.
+def inspect_repository(name: str) -> Inspection:
+    """Read those of a model on the Hub; its weights are not downloaded.
+
+    Raises:
+        HubError, CheckpointError, SeedError: it cannot be had, is neither, or a damaged one.
+    """
+    repository = find_repository(name)
+    tensors = read_remote_tensors(repository)
+    if PROVENANCE in repository.files:
+        repository.get(PROVENANCE)
+    return inspect_checkpoint(repository.folder, tensors)
+
+
+def inspect_checkpoint(folder: Path, tensors: Mapping[str, TensorInfo] | None = None) -> Inspection:
+    """Read a mixture's or a dense checkpoint's config and, unless its `tensors` are given, headers.
 
     Raises:
         CheckpointError, SeedError: neither, or a damaged one.
     """
     config = read_json(folder / CONFIG)
     if config.get("model_type") == "bam":
-        mixture = read_mixture(folder)
+        mixture = read_mixture(folder, tensors)
         tensors, layout, recipe, experts = mixture.tensors, mixture.layout, mixture.recipe, mixture.experts
     else:
         layout = make_layout(read_dense(config, str(folder)), DENSE, 1)
-        tensors, recipe, experts = read_tensors(folder), DENSE, []
+        tensors, recipe, experts = read_tensors(folder) if tensors is None else tensors, DENSE, []
     if not tensors:
         raise CheckpointError(f"{folder} holds no tensors")
-    files = sum({info.file: info.file.stat().st_size for info in tensors.values()}.values())
+    ends: dict[Path, int] = {}  # a file ends where its last tensor does
+    for info in tensors.values():
+        ends[info.file] = max(ends.get(info.file, 0), info.offset + info.nbytes)
     dtype = max(
         (sum(i.nbytes for i in tensors.values() if i.dtype == kind), kind)
         for kind in {i.dtype for i in tensors.values()}
     )[1]
     count = max(1, len(experts))
-    cost = layout_cost(layout, recipe, count, files, DEFAULT_CONTEXT)
+    cost = layout_cost(layout, recipe, count, sum(ends.values()), DEFAULT_CONTEXT)
     return Inspection(
         format="bam" if experts else "dense",
         model_type=config["model_type"],

@@ -38,8 +38,8 @@ class Mixture:
     recipe: Recipe
 
 
-def read_mixture(folder: Path) -> Mixture:
-    """Read a BAM checkpoint's config and headers, merged or trained.
+def read_mixture(folder: Path, tensors: Mapping[str, TensorInfo] | None = None) -> Mixture:
+    """Read a BAM checkpoint's config and, unless its `tensors` are given, headers; merged or trained.
 
     Raises:
         CheckpointError, SeedError: it is none, or is damaged.
@@ -56,7 +56,7 @@ def read_mixture(folder: Path) -> Mixture:
     provenance = read_json(folder / PROVENANCE) if (folder / PROVENANCE).exists() else {}
     recipe, experts = _recipe(folder, config, provenance), config["expert_names"]
     layout = make_layout(read_dense(config["dense_config"], f"mixture {folder}"), recipe, len(experts))
-    tensors = read_tensors(folder)
+    tensors = read_tensors(folder) if tensors is None else tensors
     for tensor in layout.mixture:
         info = tensors.get(tensor.name)
         if info is None or info.shape != tensor.shape or info.dtype not in FLOATS:

@@ -8,13 +8,14 @@ from math import prod
 from pathlib import Path
 from typing import Any, Final
 
+from upcycle.ancestry import check_related, find_ancestor, fingerprint, sample
 from upcycle.checkpoint import COPIED_FILES, ITEM_SIZE, MODELING_FILES, TOKENIZER_CONFIG, TensorInfo, read_json
 from upcycle.dense_config import DenseModel
 from upcycle.errors import RecipeError, SeedError, did_you_mean
 from upcycle.layout import Group, Layout, MixtureTensor, make_layout
 from upcycle.numeric import TORCH_NAMES
 from upcycle.recipe import EXPERTS, SEED_PREFIX, WEIGHTED, Recipe
-from upcycle.seeds import Seed, check_related, check_tensors, find_ancestor, fingerprint, read_license, sample
+from upcycle.seeds import Seed, check_tensors, read_license
 from upcycle.version import __version__
 
 FORMAT_VERSION: Final = 1
@@ -117,7 +118,7 @@ class MergePlan:
         return sum(tensor.nbytes for tensor in self.tensors)
 
     def digest(self) -> str:
-        """SHA-256 of what the plan does; no path and no time enters it."""
+        """SHA-256 of what the plan does; no path, no time and no name of a repository enters it."""
         table = [
             {
                 "name": t.name,
@@ -128,7 +129,12 @@ class MergePlan:
             }
             for t in self.tensors
         ]
-        text = json.dumps([table, dict(self.config), dict(self.provenance), self.random_seed], sort_keys=True)
+        provenance = dict(self.provenance)
+        if "seeds" in provenance:  # not where they came from: their fingerprints say what they are
+            provenance["seeds"] = [
+                {key: seed[key] for key in ("name", "fingerprint", "dropped")} for seed in provenance["seeds"]
+            ]
+        text = json.dumps([table, dict(self.config), provenance, self.random_seed], sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()
 
 
@@ -142,6 +148,9 @@ def plan_merge(
     allow_unrelated: bool = False,
 ) -> MergePlan:
     """Plan the merge of `seeds` by `recipe`; reads nothing but headers and 2048 elements of every tensor.
+
+    Of seeds whose weights are still on the Hub only four tensors are sampled, and the plan is one to look at: it lacks
+    their fingerprints, and is made again when they are downloaded.
 
     Args:
         recipe: how each role is mixed.
@@ -207,9 +216,10 @@ def _seed_records(
     return [
         {
             "name": seed.name,
+            "repository": seed.repository,
             "revision": seed.revision,
             "license": read_license(seed.folder),
-            "fingerprint": fingerprint(seed, samples[index]),
+            "fingerprint": fingerprint(seed, samples[index]) if seed.here else None,
             "dropped": sorted({*dropped[index], *unused[index]}),
         }
         for index, seed in enumerate(seeds)

@@ -5,11 +5,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from upcycle.ancestry import fingerprint, sample
 from upcycle.checkpoint import PROVENANCE, read_json
 from upcycle.errors import UpcycleError
 from upcycle.recipe import MEAN
 from upcycle.run_folder import RECORD
-from upcycle.seeds import fingerprint, read_seed, sample
+from upcycle.seeds import read_seed
 
 
 @dataclass(frozen=True)

@@ -4,28 +4,24 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
-from math import prod
 from pathlib import Path
 from typing import Any, Final
 
-import numpy as np
-
-from upcycle.checkpoint import CONFIG, COPIED_FILES, ITEM_SIZE, TensorInfo, read_json, read_tensors
+from upcycle import hub
+from upcycle.checkpoint import CARD, CONFIG, COPIED_FILES, TensorInfo, read_json, read_tensors
 from upcycle.dense_config import DenseModel, differences, read_dense
-from upcycle.errors import CheckpointError, SeedError
-from upcycle.numeric import FLOATS, to_float32
+from upcycle.errors import CheckpointError, HubError, SeedError
+from upcycle.hub import Repository
+from upcycle.numeric import FLOATS
 
-SAMPLE_ELEMENTS: Final = 2048
 MAX_SPEC: Final = 1000
 MAX_TOKENIZER: Final = 100_000_000  # bytes; Gemma's are 34 MB
 MAX_TOKENIZER_VALUES: Final = 4_000_000  # Gemma's have about 2.5 million, merges included
-# Specialists of one ancestor are near 1, models trained apart within 0.01 of 0 (see `relatedness`).
-MIN_COSINE: Final = 0.2
-MAX_ANCESTOR_COSINE: Final = 0.45  # see `find_ancestor`
 MAX_CARD: Final = 1_000_000  # characters
+MAX_REMOTE_CARD: Final = 100_000  # bytes: what a plan downloads of a seed's card, for its licence
 
 # Files that say which id a token has, in the order in which they are asked.
 VOCABULARIES: Final = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
@@ -33,19 +29,47 @@ VOCABULARIES: Final = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab
 
 @dataclass(frozen=True)
 class Seed:
-    """One dense checkpoint: what its config.json and its headers say."""
+    """One dense checkpoint: what its config.json and its headers say.
+
+    Attributes:
+        repository, revision: its name on the Hub and the commit, if it comes from there.
+        remote: what the Hub says of it; what is not in `folder`, the cache, can be had from there.
+    """
 
     name: str
     folder: Path
-    revision: str | None
     config: Mapping[str, Any]
     model: DenseModel
     tensors: Mapping[str, TensorInfo]
+    repository: str | None = None
+    revision: str | None = None
+    remote: Repository | None = None
 
     @property
     def where(self) -> str:
         """How messages name it."""
         return f"seed '{self.name}'"
+
+    @property
+    def here(self) -> bool:
+        """Whether all its weights are on the disk."""
+        return self.remote is None or all(file.is_file() for file in {info.file for info in self.tensors.values()})
+
+    def holds(self, file: str) -> bool:
+        """Whether the checkpoint has a file of that name, on the disk or on the Hub."""
+        return file in self.remote.files if self.remote else (self.folder / file).is_file()
+
+    def get(self, file: str) -> Path:
+        """Where a file lies, downloaded if need be."""
+        return self.remote.get(file) if self.remote else self.folder / file
+
+    def read(self, info: TensorInfo, start: int, count: int) -> bytes:
+        """`count` bytes of a tensor from byte `start`; asked of the Hub if the file is not on the disk."""
+        if self.remote and not info.file.is_file():
+            return self.remote.read(info.file.name, info.offset + start, count)
+        with info.file.open("rb") as handle:
+            handle.seek(info.offset + start)
+            return handle.read(count)
 
 
 def read_seeds(specs: Sequence[str]) -> list[Seed]:
@@ -65,6 +89,32 @@ def read_seeds(specs: Sequence[str]) -> list[Seed]:
         _check_same_architecture(seeds[0], seed)
     _check_same_tokens(seeds)
     return seeds
+
+
+def download_bytes(seeds: Sequence[Seed]) -> int:
+    """How many bytes of seeds on the Hub are not here yet."""
+    return sum(seed.remote.files[file].size for seed, files in _missing(seeds) if seed.remote for file in files)
+
+
+def download(seeds: Sequence[Seed], progress: Callable[[int], None]) -> None:
+    """Download to the Hub's cache what a merge needs of seeds that are not here.
+
+    Raises:
+        HubError: it cannot be had, or the disk has no room.
+    """
+    for seed, files in _missing(seeds):
+        if seed.remote:
+            seed.remote.download(files, progress)
+
+
+def _missing(seeds: Sequence[Seed]) -> list[tuple[Seed, list[str]]]:
+    """What is not here of each seed; the first one's tokenizer goes into the result."""
+    found = []
+    for seed in (seed for seed in seeds if seed.remote):
+        wanted = {info.file.name for info in seed.tensors.values()} | {CARD}
+        wanted |= {*COPIED_FILES} if seed is seeds[0] else set()
+        found.append((seed, [] if seed.remote is None else seed.remote.missing(wanted & {*seed.remote.files})))
+    return found
 
 
 def _split_name(spec: str) -> tuple[str, str]:
@@ -92,27 +142,58 @@ def read_seed(name: str, source: str) -> Seed:
     """
     try:
         return _read_seed(name, source)
-    except (OSError, CheckpointError) as error:
+    except (OSError, CheckpointError, HubError) as error:
         raise SeedError(f"seed '{name}': {error}") from error
 
 
 def _read_seed(name: str, source: str) -> Seed:
-    folder, revision = Path(source), None
+    folder = Path(source)
     if folder.is_file():
         raise SeedError(
             f"seed '{name}': {source} is a file; expected the folder that holds config.json and the weights"
         )
     if not folder.is_dir():
-        from upcycle.hub import download_seed  # huggingface_hub costs a second: only where it is needed
+        return _read_hub_seed(name, source)
+    return _make_seed(name, folder, read_json(folder / CONFIG), read_tensors(folder))
 
-        folder, revision = download_seed(name, source)
+
+def _read_hub_seed(name: str, source: str) -> Seed:
+    if not hub.is_repository_name(source):
+        raise SeedError(f"seed '{name}': there is no folder {source}, and that is no name of a Hub repository either")
+    if hub.is_offline():
+        folder = hub.cached_folder(source)
+        if folder is None:
+            raise SeedError(
+                f"seed '{name}': there is no folder {source}, and no Hub repository of that name in the cache; as "
+                "HF_HUB_OFFLINE is set, nobody was asked"
+            )
+        config, tensors = read_json(folder / CONFIG), read_tensors(folder)
+        return _make_seed(name, folder, config, tensors, source.partition("@")[0], folder.name)
+    try:
+        remote = hub.find_repository(source)
+    except HubError as error:
+        raise SeedError(f"seed '{name}': there is no folder {source}; {error}") from error
+    tensors = hub.read_remote_tensors(remote)
+    if CARD in remote.files and remote.files[CARD].size <= MAX_REMOTE_CARD:
+        remote.get(CARD)  # for its licence
+    return _make_seed(name, remote.folder, read_json(remote.get(CONFIG)), tensors, remote.name, remote.commit, remote)
+
+
+def _make_seed(
+    name: str,
+    folder: Path,
+    config: Mapping[str, Any],
+    tensors: Mapping[str, TensorInfo],
+    repository: str | None = None,
+    revision: str | None = None,
+    remote: Repository | None = None,
+) -> Seed:
     where = f"seed '{name}'"
-    config, tensors = read_json(folder / CONFIG), read_tensors(folder)
     if config.get("quantization_config"):
         raise SeedError(
             f"{where}: its weights are quantized (config.json has quantization_config); give the full-precision one"
         )
-    return Seed(name, folder, revision, config, read_dense(config, where), tensors)
+    return Seed(name, folder, config, read_dense(config, where), tensors, repository, revision, remote)
 
 
 def _check_same_architecture(first: Seed, seed: Seed) -> None:
@@ -187,7 +268,9 @@ def _check_tied_head(seed: Seed, head: str) -> None:
     """A head beside tied embeddings is redundant only if it is the embedding; transformers unties the two otherwise."""
     table = f"{seed.model.family.base}.{seed.model.family.embedding}.weight"
     one, other = seed.tensors.get(table), seed.tensors[head]
-    if one is None or (one.dtype, one.shape) != (other.dtype, other.shape) or not _same_bytes(one, other):
+    same = one is not None and (one.dtype, one.shape) == (other.dtype, other.shape)
+    # Of a seed on the Hub the bytes are compared when they are here.
+    if one is None or not same or (seed.here and not _same_bytes(one, other)):
         raise SeedError(
             f"{seed.where}: config.json ties the embeddings, but tensor '{head}' differs from '{table}'; "
             'set "tie_word_embeddings": false in its config.json (and that of the other seeds)'
@@ -207,27 +290,26 @@ def _same_bytes(one: TensorInfo, other: TensorInfo) -> bool:
 
 def _check_same_tokens(seeds: Sequence[Seed]) -> None:
     """Refuse seeds whose tokens have different ids: their embeddings would be averaged row by mismatched row."""
-    for seed in seeds:
+    for seed in (seed for seed in seeds if not seed.remote):
         for file in (*COPIED_FILES, *VOCABULARIES):
             if os.path.lexists(seed.folder / file) and not (seed.folder / file).is_file():
                 raise SeedError(
                     f"{seed.where}: {file} is no plain file, or a link to nothing; its tokenizer is damaged"
                 )
-    having = [seed for seed in seeds if any((seed.folder / file).is_file() for file in VOCABULARIES)]
+    having = [seed for seed in seeds if any(seed.holds(file) for file in VOCABULARIES)]
     if having and having[0] is not seeds[0]:
         raise SeedError(
             f"{seeds[0].where} has no tokenizer, {having[0].where} has one; the result takes the first seed's, "
             "so copy it there or name that seed first"
         )
     for file in VOCABULARIES:
-        holders = [seed for seed in seeds if (seed.folder / file).is_file()]
+        holders = [seed for seed in seeds if seed.holds(file)]
         if len(holders) < 2:
             continue
         first, *others = holders
-        digest = _file_hash(first.folder / file)
         reference: dict[str, int] | None = None
         for seed in others:
-            if _file_hash(seed.folder / file) == digest:
+            if _same_file(first, seed, file):
                 continue
             if not file.endswith(".json"):
                 raise SeedError(
@@ -249,17 +331,31 @@ def _compare_tokens(first: Seed, seed: Seed, file: str, expected: Mapping[str, i
     )
 
 
-def _file_hash(path: Path) -> str:
+def _same_file(one: Seed, other: Seed, file: str) -> bool:
+    """Whether two seeds' files are the same, by what the Hub calls their contents where it can be asked."""
+    known = [seed.remote.files[file].etag for seed in (one, other) if seed.remote]
+    kind = len(known[0]) if known else 64
+    return _content_name(one, file, kind) == _content_name(other, file, kind)
+
+
+def _content_name(seed: Seed, file: str, length: int) -> str:
+    """The Hub's name for a file's content: of 40 characters git's, of 64 its SHA-256."""
+    if seed.remote and len(seed.remote.files[file].etag) == length:
+        return seed.remote.files[file].etag
+    path = seed.get(file)
     try:
         with path.open("rb") as handle:
-            return hashlib.file_digest(handle, "sha256").hexdigest()
+            if length == 64:
+                return hashlib.file_digest(handle, "sha256").hexdigest()
+            content = handle.read()
+            return hashlib.sha1(b"blob %d\0" % len(content) + content, usedforsecurity=False).hexdigest()
     except OSError as error:
         raise SeedError(f"{path} cannot be read: {error.strerror}") from error
 
 
 def _token_ids(seed: Seed, file: str) -> dict[str, int]:
     try:
-        table = read_json(seed.folder / file, MAX_TOKENIZER, MAX_TOKENIZER_VALUES, MAX_TOKENIZER)
+        table = read_json(seed.get(file), MAX_TOKENIZER, MAX_TOKENIZER_VALUES, MAX_TOKENIZER)
         if file == "vocab.json":
             return {token: int(index) for token, index in table.items()}
         vocabulary = table["model"]["vocab"]
@@ -273,83 +369,9 @@ def _token_ids(seed: Seed, file: str) -> dict[str, int]:
         raise SeedError(f"{seed.where}: no vocabulary can be read from {file} ({error!r})") from error
 
 
-def sample(seed: Seed) -> dict[str, bytes]:
-    """The 2048 elements in the middle of every tensor, by name: enough to tell one training from another."""
-    samples = {}
-    for name, info in sorted(seed.tensors.items()):
-        elements, item = prod(info.shape), ITEM_SIZE[info.dtype]
-        count = min(SAMPLE_ELEMENTS, elements)
-        with info.file.open("rb") as handle:
-            handle.seek(info.offset + (elements - count) // 2 * item)
-            samples[name] = handle.read(count * item)
-    return samples
-
-
-def fingerprint(seed: Seed, samples: Mapping[str, bytes]) -> str:
-    """SHA-256 over every tensor's name, dtype, shape and sample: a checkpoint's identity, whatever its sharding."""
-    digest = hashlib.sha256()
-    for name, info in sorted(seed.tensors.items()):
-        digest.update(json.dumps([name, info.dtype, list(info.shape)]).encode())
-        digest.update(samples[name])
-    return digest.hexdigest()
-
-
-def relatedness(one: tuple[Seed, Mapping[str, bytes]], other: tuple[Seed, Mapping[str, bytes]]) -> float:
-    """Mean cosine between the samples of two seeds' matrices within the layers.
-
-    Specialists of one seed are near 1; models trained apart have independent weights and are near 0.
-    """
-    cosines = []
-    for name, info in one[0].tensors.items():
-        match = other[0].tensors.get(name)
-        if match is None or ".layers." not in name or len(info.shape) < 2 or info.dtype not in FLOATS:
-            continue
-        with np.errstate(invalid="ignore"):  # what is no number is refused where it is read
-            # In float64, where no product of two floats overflows.
-            a = to_float32(one[1][name], info.dtype).astype(np.float64)
-            b = to_float32(other[1][name], match.dtype).astype(np.float64)
-        scale = float(np.linalg.norm(a) * np.linalg.norm(b))
-        if 0 < scale < float("inf"):
-            cosines.append(float(a @ b) / scale)
-    return sum(cosines) / len(cosines) if cosines else 1.0
-
-
-def find_ancestor(seeds: Sequence[Seed], samples: Sequence[Mapping[str, bytes]]) -> str | None:
-    """The name of the seed that the others were trained from, or None if none was, or for fewer than four seeds.
-
-    Of three, the middle of a chain (base, instruct, instruct further) looks like the ancestor of two.
-
-    Seen from the ancestor, the specialists lie in directions of their own; seen from a specialist, all others lie where
-    the ancestor lies. So the largest cosine between the differences to a seed tells: about 0.06 against 0.7 for three
-    specialists of 150 steps, and 0.5 for each where the ancestor is not among them. A seed that was hardly trained
-    looks like the ancestor.
-    """
-    if len(seeds) < 4:
-        return None
-    products = np.zeros((len(seeds), len(seeds)))
-    for name, info in seeds[0].tensors.items():
-        if ".layers." not in name or len(info.shape) < 2 or info.dtype not in FLOATS:
-            continue
-        rows = [to_float32(part[name], seed.tensors[name].dtype) for seed, part in zip(seeds, samples, strict=True)]
-        vectors = np.stack(rows).astype(np.float64)
-        with np.errstate(all="ignore"):  # weights that are no numbers are refused where they are read
-            products += vectors @ vectors.T
-    cosines = []
-    for index in range(len(seeds)):
-        others = [other for other in range(len(seeds)) if other != index]
-        row = products[index, others]
-        differences = products[np.ix_(others, others)] - row - row[:, None] + products[index, index]
-        with np.errstate(all="ignore"):  # identical seeds differ by nothing
-            lengths = np.sqrt(np.maximum(differences.diagonal(), 0))
-            angles = differences / lengths / lengths[:, None]
-        cosines.append(float(angles[np.triu_indices(len(others), 1)].max()))
-    lowest = int(np.argmin(np.nan_to_num(cosines, nan=1.0)))
-    return seeds[lowest].name if cosines[lowest] < MAX_ANCESTOR_COSINE else None
-
-
 def read_license(folder: Path) -> str | None:
     """The licence that a checkpoint's model card (`README.md`) states, or None."""
-    card = folder / "README.md"
+    card = folder / CARD
     if not card.is_file():
         return None
     try:
@@ -362,18 +384,3 @@ def read_license(folder: Path) -> str | None:
     found = dict(re.findall(r"^(license|license_name): *[\"']?([\w.+-]{1,100})[\"']? *(?:#.*)?$", front, re.MULTILINE))
     license_name = found.get("license")
     return found.get("license_name", license_name) if license_name == "other" else license_name
-
-
-def check_related(seeds: Sequence[Seed], samples: Sequence[Mapping[str, bytes]]) -> None:
-    """Refuse seeds that share no ancestor: their hidden units do not correspond, so means and routing are noise.
-
-    Raises:
-        SeedError: the two seeds and their cosine.
-    """
-    for (one, first), (other, second) in combinations(zip(seeds, samples, strict=True), 2):
-        cosine = relatedness((one, first), (other, second))
-        if cosine < MIN_COSINE:
-            raise SeedError(
-                f"{one.where} and {other.where} share no ancestor: their sampled weights' cosine is {cosine:.3f}, "
-                f"expected above {MIN_COSINE} (specialists of one seed are near 1); --allow-unrelated mixes them anyway"
-            )

@@ -35,7 +35,7 @@ from upcycle.numeric import FLOATS, Array, first_not_finite
 from upcycle.plan import MergePlan, PlannedTensor, plan_merge
 from upcycle.recipe import parse_recipe
 from upcycle.scaling import DENSE
-from upcycle.seeds import read_seeds
+from upcycle.seeds import download, read_seeds
 
 CHUNK: Final = 4 << 20  # bytes read at once
 # What a loader might read, by name or by ending.
@@ -117,7 +117,7 @@ def _check_files(found: Verification, sums: Mapping[str, Any]) -> None:
     covered = sums["files"]
     for name, expected in covered.items():
         file = found.folder / name
-        if Path(name).name != name or not file.is_file() or file.is_symlink():
+        if Path(name).name != name or not _is_plain(file):
             found.problems.append(f"{file} is missing, or no plain file")
             continue
         with _noting(found):
@@ -132,6 +132,12 @@ def _check_files(found: Verification, sums: Mapping[str, Any]) -> None:
         loaded = file.name in LOADED or file.suffix in LOADED_ENDINGS
         if loaded and file.name not in covered:
             found.problems.append(f"{file} is not among the files that {SUMS} covers; it came later")
+
+
+def _is_plain(file: Path) -> bool:
+    """Whether it is a file, or a link as the Hub's cache holds: from snapshots/COMMIT to blobs."""
+    blobs = file.parent.parent.parent / "blobs"
+    return file.is_file() and (not file.is_symlink() or file.resolve().parent == blobs.resolve())
 
 
 def _check_structure(folder: Path, tensors: Mapping[str, TensorInfo]) -> None:
@@ -157,6 +163,7 @@ def _remake(found: Verification, tensors: Mapping[str, TensorInfo], seeds: Seque
     """The plan by which the checkpoint was merged, from its provenance and its seeds."""
     record = read_json(found.folder / PROVENANCE)
     read = read_seeds(seeds)
+    download(read, lambda _: None)
     try:
         table = dict(record["recipe"])
         recipe = parse_recipe(str(table.pop("name")), table)
