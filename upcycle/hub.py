@@ -45,7 +45,7 @@ T = TypeVar("T")
 TOKEN: Final = re.compile(r"hf_\w+|(?<=Bearer )\S+")
 
 
-def ask(what: str, call: Callable[[], T]) -> T:
+def ask(what: str, call: Callable[[], T], attempts: int = ATTEMPTS) -> T:
     """What the client's `call` returns; tried again where the failure may pass, as the client does for some calls only.
 
     Raises:
@@ -55,13 +55,13 @@ def ask(what: str, call: Callable[[], T]) -> T:
 
     # Of httpx or, in newer clients, httpx2: the base of network errors and statuses alike.
     http_error: Any = HfHubHTTPError.__bases__[0]
-    for attempt in range(1, ATTEMPTS + 1):
+    for attempt in range(1, attempts + 1):
         try:
             return call()
         except Exception as error:
             silent = isinstance(error, http_error) and _status(error) is None  # the network's failure
             allowed = NETWORK_ATTEMPTS if silent else ATTEMPTS if _status(error) in PASSING else 1
-            if attempt < allowed:
+            if attempt < min(allowed, attempts):
                 time.sleep(min(2 ** (attempt - 1), 8))
                 continue
             if isinstance(error, (http_error, EntryNotFoundError, OSError, RuntimeError, ValueError)):
