@@ -126,7 +126,7 @@ def describe(source: Source) -> Model:
         facts.append(("Family", clean(source.config["model_type"])))
     if recipe.get("name"):
         facts.append(("Recipe", clean(recipe["name"])))
-    facts += _mix_facts(_table(recipe.get("mix"))) + _router_facts(recipe)
+    facts += mix_facts(_table(recipe.get("mix"))) + _router_facts(recipe)
     if mixed and not recipe:
         facts.append(("Routers", f"top {source.top_k} of {len(experts)} FFN experts"))
     extracted = source.provenance.get("extracted")
@@ -134,7 +134,7 @@ def describe(source: Source) -> Model:
         facts.append(("Extracted", f"expert {clean(extracted.get('expert'))}, {clean(extracted.get('name'))}"))
     paper = clean(recipe.get("paper") or "")
     known = paper.startswith("arXiv:") and paper[6:].replace(".", "").isalnum()
-    tables = [table for table in (_seed_table(source), _cost_table(source)) if table.rows]
+    tables = [table for table in (_seed_table(source), cost_table(source)) if table.rows]
     return Model(
         title=source.label,
         kind=kind,
@@ -150,7 +150,7 @@ def _table(value: object) -> Mapping[str, Any]:
     return value if isinstance(value, dict) else {}
 
 
-def _mix_facts(mix: Mapping[str, Any]) -> list[tuple[str, str]]:
+def mix_facts(mix: Mapping[str, Any]) -> list[tuple[str, str]]:
     """The roles by the way in which they are mixed."""
     ways: dict[str, list[str]] = {}
     for role, name in _ROLE_NAMES.items():
@@ -197,7 +197,8 @@ def _seed_table(source: Source) -> Table:
     return Table("Seeds", ["seed", "revision", "licence", "fingerprint"], rows, note, text_columns=4)
 
 
-def _cost_table(source: Source) -> Table:
+def cost_table(source: Source) -> Table:
+    """Sizes and cost, of a mixture beside those of one seed; no rows where nothing is known."""
     inspection = source.inspection
     if inspection is None:
         if not source.parameters:

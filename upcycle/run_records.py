@@ -18,7 +18,6 @@ from upcycle.errors import CheckpointError, SeedError, UpcycleError
 from upcycle.inspect import Inspection, inspect_checkpoint
 from upcycle.numeric import Array
 from upcycle.run_folder import CHECKPOINTS, METRICS, RECORD, RunFolder
-from upcycle.training_settings import read_facts
 from upcycle.verdict import short_names
 
 NAN: Final = math.nan
@@ -195,6 +194,8 @@ def _read_model(source: Source, folder: Path) -> None:
     settings = (source.training or {}).get("settings")
     length = settings.get("sequence_length") if isinstance(settings, dict) else None
     if isinstance(length, int):
+        from upcycle.training_settings import read_facts  # which imports torch, and a model card of a merge has no time
+
         source.training_flops = read_facts(folder).training_flops(length) or 0
 
 
