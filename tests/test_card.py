@@ -21,7 +21,7 @@ from tests.conftest import write_tokenizer
 from tests.hub_server import HubServer
 from tests.test_report import make_evaluation, make_run, step_line
 from tests.tiny import BY_NAME, VOCAB, edit_json, make_seeds, mixtral_config
-from upcycle.card import BEGIN, END, licensing, make_card
+from upcycle.card import BEGIN, END, licensing, make_card, title
 from upcycle.comparison import evaluate_models
 from upcycle.errors import CheckpointError, DataError
 from upcycle.evaluation_inputs import EvaluationOptions
@@ -471,7 +471,7 @@ def test_dense_results(mix, tmp_path):
     merge(plan_extract(read_mixture(mix), 1), tmp_path / "expert")
     plan = provenance(mix)["plan"]
     extracted = make_card(tmp_path / "expert")
-    assert "One dense model: the expert b of a mixture, taken out by upcycle." in extracted
+    assert "One dense model: the expert b of a mixture of a, b and c, taken out by upcycle." in extracted
     assert f"| Plan of the mixture | `{plan}` |" in extracted
     for text in (card, extracted):
         assert not re.search("remote_code|untrained|router|vLLM|BAM", body(text))
@@ -540,3 +540,28 @@ def test_folders_that_are_no_checkpoints(mix, tmp_path):
     (damaged / "model.safetensors").write_bytes(b"x")
     with pytest.raises(CheckpointError, match="truncated"):
         make_card(damaged)
+
+
+def test_a_merge_and_a_training_write_it(mix, tmp_path):
+    """With people's text, and the title of what it is, so that the same merge gives the same bytes anywhere."""
+    fresh = (mix / "README.md").read_text()
+    assert fresh == make_card(mix, repository=title(provenance(mix), False))
+    (mix / "README.md").write_text(f"---\nlanguage: de\n---\nOurs.\n{fresh.split('---', 2)[2]}")
+    merge(plan_extract(read_mixture(mix), 1), tmp_path / "expert")
+    (tmp_path / "expert" / "README.md").write_text("Theirs.\n")
+    merge(plan_extract(read_mixture(mix), 1), tmp_path / "expert", overwrite=True)
+    again = (tmp_path / "expert" / "README.md").read_text()
+    assert "Theirs.\n" in again
+    called = title(provenance(tmp_path / "expert"), False)
+    assert called == "b, an expert of a mixture of a, b, c"
+    assert f"# {called}\n" in make_card(tmp_path / "expert", repository=called)
+    assert BEGIN in again
+    (tmp_path / "expert" / "README.md").write_text(f"Mine. {BEGIN}{BEGIN}")
+    merge(plan_extract(read_mixture(mix), 1), tmp_path / "expert", overwrite=True)
+    assert (tmp_path / "expert" / "README.md").read_text() == f"Mine. {BEGIN}{BEGIN}"
+
+
+def test_another_evaluation_of_the_same_name_is_refused(mix):
+    row = {"domains": {"code": {"loss": 1.0}}, "fingerprint": "0" * 64, "routing": {"experts": ["a", "b", "c"]}}
+    with pytest.raises(DataError, match="had other weights"):
+        make_card(mix, evaluation={"models": {str(mix): row}, "measure": "loss"})

@@ -294,6 +294,7 @@ def test_names_go_wherever_folders_go(hub: HubServer, cli: Cli, seeds: list[Path
     assert found["verdict"] == expected["verdict"]
     done = cli("train", names[0], *data, "--sequence-length", 16, "--steps", 2, "--batch-size", 2, "--out", "trained")
     assert done.returncode == 0, done.stderr
+    assert "Trained by upcycle" in (tmp_path / "trained" / "README.md").read_text()
     assert cli("extract", names[0], "--expert", "law", "--out", "law-again").returncode == 0
     again, law = load_file(tmp_path / "law-again" / "model.safetensors"), load_file(seeds[1] / "model.safetensors")
     assert torch.equal(again["model.layers.0.mlp.up_proj.weight"], law["model.layers.0.mlp.up_proj.weight"])

@@ -200,7 +200,7 @@ def test_the_average_is_a_dense_model(seeds, tmp_path):
     assert config == json.loads((seeds[0] / "config.json").read_text())
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert type(model).__name__ == "LlamaForCausalLM"
-    assert {path.suffix for path in (tmp_path / "out").iterdir()} == {".json", ".safetensors"}
+    assert {path.suffix for path in (tmp_path / "out").iterdir()} == {".json", ".safetensors", ".md"}
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)

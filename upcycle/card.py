@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
-from upcycle.card_metadata import describe_metadata, front_matter, join_metadata, split_card
+from upcycle.card_metadata import WRITTEN_KEYS, describe_metadata, front_matter, join_metadata, split_card
 from upcycle.card_results import evaluation_section, find_evaluated, training
 from upcycle.card_sections import (
     Subject,
@@ -21,15 +21,29 @@ from upcycle.card_sections import (
     seed_table,
     what_it_is,
 )
+from upcycle.checkpoint import CARD, PROVENANCE, read_json
 from upcycle.errors import CheckpointError, DataError
-from upcycle.licenses import Licensing, check_licenses, licensing
+from upcycle.licenses import Licensing, check_licenses, licensing, seed_records
 from upcycle.markdown import plain
+from upcycle.run_folder import RECORD
 from upcycle.run_records import Source, read_sources
 
-__all__ = ["BEGIN", "END", "Licensing", "check_licenses", "licensing", "make_card"]
+__all__ = [
+    "BEGIN",
+    "END",
+    "Licensing",
+    "check_licenses",
+    "is_handwritten",
+    "licensing",
+    "make_card",
+    "read_card",
+    "title",
+    "write_card",
+]
 
 BEGIN: Final = "<!-- upcycle: begin -->"
 END: Final = "<!-- upcycle: end -->"
+MAX_CARD: Final = 1_000_000  # bytes
 _HINT: Final = "<!-- upcycle writes what stands between these marks anew; what stands outside them stays. -->"
 
 
@@ -69,6 +83,56 @@ def make_card(
     results = evaluation_section(evaluation, path) if evaluation and path else ""
     block = "\n\n".join([f"{BEGIN}\n{_HINT}", *_sections(subject, results, pictures), END])
     return front_matter(metadata) + _place(text, block, f"# {plain(name)}")
+
+
+def write_card(folder: Path, former: str = "") -> None:
+    """Write a checkpoint's card beside its weights; a `former` one that is damaged is left as it was.
+
+    Raises:
+        CheckpointError, SeedError: the folder is no checkpoint, or a damaged one.
+    """
+    # Called by what it is: the folder's name would make the same merge give other bytes elsewhere.
+    name = title(read_json(folder / PROVENANCE), (folder / RECORD).is_file())
+    card = make_card(folder, repository=name)
+    try:
+        if former not in ("", card) and is_handwritten(former):
+            card = make_card(folder, existing=former, repository=name)
+    except DataError:
+        card = former
+    temporary = folder / f".{CARD}.partial"
+    temporary.write_bytes(card.encode())
+    temporary.replace(folder / CARD)
+
+
+def is_handwritten(card: str) -> bool:
+    """Whether people wrote in it: more than a title outside the marks, or metadata of their own."""
+    metadata, text = split_card(card)
+    if metadata.keys() - {*WRITTEN_KEYS}:
+        return True
+    before, _, rest = text.partition(BEGIN)
+    outside = before + (rest.partition(END)[2] if rest else "")
+    return any(line.strip() and not line.startswith("# ") for line in outside.splitlines())
+
+
+def read_card(folder: Path) -> str:
+    """A folder's card, whoever wrote it; empty where it has none that can be read."""
+    file = folder / CARD
+    try:
+        with file.open("rb") as handle:
+            return handle.read(MAX_CARD).decode()
+    except (OSError, ValueError):
+        return ""
+
+
+def title(provenance: Mapping[str, Any], trained: bool) -> str:
+    """A result in a few words, from its upcycle.json, which may be anybody's."""
+    recipe, extracted = provenance.get("recipe"), provenance.get("extracted")
+    names = [str(seed.get("name")) for seed in seed_records(provenance)]
+    name = recipe.get("name") if isinstance(recipe, dict) else None
+    text = f"{name or 'a mixture'} of {', '.join(names[:8]) or 'unknown seeds'}"
+    if isinstance(extracted, dict):
+        text = f"{extracted.get('name')}, an expert of {text}"
+    return f"{text[:190]}{', trained' if trained else ''}"
 
 
 def _read(folder: Path) -> Source:

@@ -11,6 +11,11 @@ from upcycle.errors import DataError
 from upcycle.licenses import HUB_LICENSES, seed_records
 from upcycle.run_records import Source, as_number, clean
 
+# What stands above every card of ours.
+WRITTEN_KEYS: Final = (
+    *("license", "license_name", "license_link", "library_name", "pipeline_tag", "tags", "base_model"),
+    *("base_model_relation", "model-index"),
+)
 HELDOUT: Final = "held-out"  # the dataset type of evaluations, by which they are found again
 _REPOSITORY: Final = re.compile(r"[A-Za-z0-9][\w.-]{0,95}(/[A-Za-z0-9][\w.-]{0,95})?", re.ASCII)
 _COMMIT: Final = re.compile(r"[0-9a-f]{40}")

@@ -68,16 +68,22 @@ def _losses(source: Source) -> list[str]:
 
 
 def find_evaluated(evaluation: Mapping[str, Any], source: Source, name: str) -> str:
-    """Which of an evaluation's models is this checkpoint: the one at its place, else the only one of its name.
+    """Which of an evaluation's models is this checkpoint: the one of its fingerprint, at its place or of its name.
 
     Raises:
-        DataError: none or several, one of other experts, or no evaluation at all.
+        DataError: none or several, one of other weights, or no evaluation at all.
     """
     models = evaluation.get("models")
     rows = models if isinstance(models, dict) else {}
     if not rows or not all(_is_row(row) for row in rows.values()):
         raise DataError("what is given as an evaluation is none; expected what `upcycle eval --json` prints")
     paths: list[str] = [path for path in rows if "\0" not in path]
+    from upcycle.weights import checkpoint_fingerprint  # which imports torch
+
+    own = checkpoint_fingerprint(source.folder)
+    alike = [path for path in paths if rows[path].get("fingerprint") == own]
+    if alike:
+        return alike[0]
     here = os.path.realpath(source.folder)
     names = {name, name.rsplit("/", 1)[-1], os.path.basename(here)}
     same = [path for path in paths if os.path.realpath(path) == here]
@@ -87,6 +93,11 @@ def find_evaluated(evaluation: Mapping[str, Any], source: Source, name: str) -> 
         raise DataError(
             f"the evaluation is of {found}, and {len(same) or 'none'} of them may be {source.folder}; "
             f"measure it: upcycle eval {source.folder} … --json"
+        )
+    if rows[same[0]].get("fingerprint"):
+        raise DataError(
+            f"the evaluation's '{same[0][:80]}' had other weights than {source.folder} has now; measure them: upcycle "
+            f"eval {source.folder} … --json"
         )
     routing = rows[same[0]].get("routing")
     experts = routing.get("experts") if isinstance(routing, dict) else []

@@ -70,12 +70,13 @@ def what_it_is(subject: Subject) -> str:
     names = [plain(seed.get("name")) for seed in seeds]
     kind = f"A mixture of {len(source.experts)} experts" if source.experts else "One dense model"
     by = f", by the recipe {code(made['name'])}" if made.get("name") else ""
-    if len(seeds) > 1:
+    if isinstance(extracted, dict):
+        whole = f" of {listed(names)}" if names else ""
+        sentences = [f"{kind}: the expert {plain(extracted.get('name'))} of a mixture{whole}, taken out by upcycle."]
+    elif len(seeds) > 1:
         sentences = [f"{kind}, merged by upcycle from the dense models {listed(names)}{by}."]
     elif seeds:
         sentences = [f"{kind}, made by upcycle from one dense model, {names[0]}{by}."]
-    elif isinstance(extracted, dict):
-        sentences = [f"{kind}: the expert {plain(extracted.get('name'))} of a mixture, taken out by upcycle."]
     else:
         sentences = [f"{kind}."]
     if made.get("summary"):

@@ -4,6 +4,7 @@ import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,7 +16,7 @@ from upcycle.relatives import Relatives, find_relatives
 from upcycle.resampling import draw_losses, effective_documents, interval
 from upcycle.tasks import check_tasks
 from upcycle.verdict import Scores, verdict
-from upcycle.weights import quiet_transformers
+from upcycle.weights import checkpoint_fingerprint, quiet_transformers
 
 MAX_LOSS = 700.0  # nats, of which the exponential is still a float
 
@@ -31,9 +32,9 @@ def evaluate_models(options: EvaluationOptions, progress: Progress = lambda *_: 
 
     Returns:
         Plain data: `models`, path → `domains` (each with `loss` in nats per token, its `ci95` over documents,
-        `perplexity`, `bits_per_byte`, `tokens`, `documents`), `mean_loss` over the domains, `role`, `seconds`, for
-        mixtures `routing` (see `RoutingTally.means` and `expert_similarity`), and `tasks`; `measure`, by which the
-        models may be compared ("loss" or "bits_per_byte"); and `verdict`, sentences.
+        `perplexity`, `bits_per_byte`, `tokens`, `documents`), `mean_loss` over the domains, `role`, `fingerprint`,
+        `seconds`, for mixtures `routing` (see `RoutingTally.means` and `expert_similarity`), and `tasks`; `measure`, by
+        which the models may be compared ("loss" or "bits_per_byte"); and `verdict`, sentences.
 
     Raises:
         UpcycleError: input that cannot be served; all that can be seen without loading a model is seen first.
@@ -65,6 +66,7 @@ def evaluate_models(options: EvaluationOptions, progress: Progress = lambda *_: 
         results[model], sums[model] = measurement.run(heldout[model], windows_done, tasks_done)
         results[model]["seconds"] = round(time.perf_counter() - began, 3)
         results[model]["role"] = _role(model, relatives)
+        results[model]["fingerprint"] = checkpoint_fingerprint(Path(model))
     return _compared(models, list(options.data), results, sums, relatives, comparable)
 
 

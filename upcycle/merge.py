@@ -24,6 +24,7 @@ from typing import Any, Final
 import numpy as np
 from numpy.random import RandomState
 
+from upcycle.card import read_card, write_card
 from upcycle.checkpoint import (
     CONFIG,
     INDEX,
@@ -98,6 +99,7 @@ def merge(
     shards = plan_shards([(tensor.name, tensor.dtype, tensor.shape) for tensor in plan.tensors], max_shard_size)
     check_handles(len(files) + len(shards))
     check_readable_again(plan.sources[0].name, {CONFIG: plan.config, PROVENANCE: plan.provenance})
+    former = read_card(out)  # in which people's text stays
     same = identity(plan.digest(), max_shard_size, {source.name: source.tensors for source in plan.sources})
     try:
         with staging(out, check, resumable=True) as folder:
@@ -107,7 +109,7 @@ def merge(
                 sums = _write_weights(plan, folder, shards, journal, progress or _ignore, tell or _ignore)
             finally:
                 journal.close()
-            _write_companions(plan, folder, shards)
+            _write_companions(plan, folder, shards, former)
             journal.remove()
             write_sums(folder, sums)
             _check_unchanged(plan, same)
@@ -120,7 +122,7 @@ def merge(
     return MergeResult(out, sum(shard.size for shard in shards), time.monotonic() - began)
 
 
-def _write_companions(plan: MergePlan, folder: Path, shards: Sequence[Shard]) -> None:
+def _write_companions(plan: MergePlan, folder: Path, shards: Sequence[Shard], former: str) -> None:
     """What lies beside the weights."""
     for name, source in plan.copied.items():
         shutil.copyfile(source, folder / name)
@@ -130,6 +132,7 @@ def _write_companions(plan: MergePlan, folder: Path, shards: Sequence[Shard]) ->
         write_json(folder / INDEX, index_json(shards))
     write_json(folder / PROVENANCE, {**plan.provenance, "plan": plan.digest()})
     write_json(folder / CONFIG, plan.config)
+    write_card(folder, former)
 
 
 def _keep_weights(folder: Path, shards: set[str]) -> None:

@@ -133,6 +133,7 @@ def plan_extract(mixture: Mixture, expert: int) -> MergePlan:
         "upcycle_version": __version__,
         "format": "dense",
         "extracted": {"expert": expert, "name": name, "plan": mixture.provenance.get("plan")},
+        "seeds": mixture.provenance.get("seeds", []),  # shared parameters come of all of them
     }
     return MergePlan(
         format="dense",

@@ -13,6 +13,7 @@ from upcycle.checkpoint import COPIED_FILES, ITEM_SIZE, MODELING_FILES, TOKENIZE
 from upcycle.dense_config import DenseModel
 from upcycle.errors import RecipeError, SeedError, did_you_mean
 from upcycle.layout import Group, Layout, MixtureTensor, make_layout
+from upcycle.licenses import seed_records
 from upcycle.numeric import TORCH_NAMES
 from upcycle.recipe import EXPERTS, SEED_PREFIX, WEIGHTED, Recipe
 from upcycle.seeds import Seed, check_tensors, read_license
@@ -130,10 +131,10 @@ class MergePlan:
             for t in self.tensors
         ]
         provenance = dict(self.provenance)
-        if "seeds" in provenance:  # not where they came from: their fingerprints say what they are
-            provenance["seeds"] = [
-                {key: seed[key] for key in ("name", "fingerprint", "dropped")} for seed in provenance["seeds"]
-            ]
+        # Not where seeds came from: their fingerprints say what they are.
+        provenance["seeds"] = [
+            {key: seed.get(key) for key in ("name", "fingerprint", "dropped")} for seed in seed_records(provenance)
+        ]
         text = json.dumps([table, dict(self.config), provenance, self.random_seed], sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()
 

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from upcycle.checkpoint import (
+    CARD,
     CONFIG,
     COPIED_FILES,
     INDEX,
@@ -84,7 +85,7 @@ class RunFolder:
     def begin(self, record: Mapping[str, Any]) -> None:
         """Put a new training in the place of a former one, all checks being done; its record goes last."""
         for path in sorted(self.out.iterdir(), key=lambda path: path.name == RECORD):
-            if path.name not in (_LOCK, TOKENS):
+            if path.name not in (_LOCK, TOKENS, CARD):  # a card may hold what people wrote
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
         temporary = self.out / f".{RECORD}.partial"
         write_json(temporary, record)
@@ -138,7 +139,7 @@ class RunFolder:
             CHECKPOINTS: r"\.?step-\d+(\.upcycle-(partial|old))?",
             TOKENS: r"heldout|.*\.(tokens|counted|json)",
         }
-        names = {RECORD, METRICS, TRACKERS, _LOCK, INDEX, SUMS, *COMPANIONS, *inside}
+        names = {RECORD, METRICS, TRACKERS, CARD, _LOCK, INDEX, SUMS, *COMPANIONS, *inside}
         for path in sorted(self.out.iterdir()):
             name = path.name.removeprefix(".").removesuffix(".partial") if path.suffix == ".partial" else path.name
             weights = re.fullmatch(r"model(-\d+-of-\d+)?\.safetensors", name)

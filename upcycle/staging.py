@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from upcycle.checkpoint import CONFIG, COPIED_FILES, INDEX, MODELING_FILES, PROVENANCE, SUMS
+from upcycle.checkpoint import CARD, CONFIG, COPIED_FILES, INDEX, MODELING_FILES, PROVENANCE, SUMS
 from upcycle.errors import OutputError
 
 
@@ -40,7 +40,7 @@ def _check_target(out: Path, overwrite: bool, sources: Sequence[Path]) -> None:
         raise OutputError(f"output {out} exists and is no folder; choose another --out")
     if not any(out.iterdir()):
         return
-    ours = {INDEX, CONFIG, PROVENANCE, SUMS, *COPIED_FILES, *MODELING_FILES}
+    ours = {INDEX, CONFIG, PROVENANCE, SUMS, CARD, *COPIED_FILES, *MODELING_FILES}
     foreign = sorted(path.name for path in out.iterdir() if not (path.name in ours or path.match("model*.safetensors")))
     if foreign or not (out / PROVENANCE).is_file():
         holds = f"holds '{foreign[0]}'" if foreign else "is no result of upcycle"

@@ -18,6 +18,8 @@ from accelerate import Accelerator
 from torch.distributed.device_mesh import init_device_mesh
 
 from upcycle.acceleration import speed_up
+from upcycle.card import is_handwritten, read_card, write_card
+from upcycle.checkpoint import PROVENANCE
 from upcycle.data import Domain
 from upcycle.errors import OutputError, TrainingError
 from upcycle.evaluate import measure
@@ -196,6 +198,9 @@ class _Training:
                 return self._result(began, finished=False)
         if self.main:
             self.run.finish(self.run.checkpoint(self.step))
+            if (self.options.out / PROVENANCE).is_file():
+                cards = read_card(self.options.out), read_card(self.options.model)
+                write_card(self.options.out, next((card for card in cards if is_handwritten(card)), ""))
         self.accelerator.wait_for_everyone()
         return self._result(began, finished=True)
 
