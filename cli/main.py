@@ -14,7 +14,7 @@ import typer
 from upcycle.errors import UpcycleError
 from upcycle.version import __version__
 
-from . import demo, evaluate, extract, generate, inspect, merge, output, plan, recipes, report, train, verify
+from . import demo, evaluate, extract, generate, inspect, merge, output, plan, push, recipes, report, train, verify
 
 # Options that take every word up to the next one that begins with `-`.
 LIST_OPTIONS = ("--seeds", "--set", "--data", "--eval-data", "--mix", "--tasks")
@@ -38,6 +38,7 @@ for function in (
     verify.verify,
     extract.extract,
     generate.generate,
+    push.push,
     demo.demo,
 ):
     app.command("eval" if function is evaluate.evaluate else None)(function)

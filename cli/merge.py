@@ -11,6 +11,7 @@ import typer
 
 from . import output
 from .fetch import fetch_seeds
+from .push import License, PushTo, prepare_push, push_result
 
 if TYPE_CHECKING:
     from upcycle.plan import MergePlan
@@ -52,6 +53,8 @@ def merge(
     allow_unrelated: Unrelated = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only show what would be made and what it costs.")] = False,
     yes: Annotated[bool, typer.Option("--yes", help="Overwrite a former result.")] = False,
+    push_to: PushTo = None,
+    license: License = None,
     as_json: Json = False,
 ) -> None:
     """Merge dense checkpoints of one ancestor into one mixture of experts.
@@ -60,6 +63,8 @@ def merge(
     """
     from upcycle.staging import check_target
 
+    if license and not push_to:
+        raise typer.BadParameter("--license is for --push-to")
     make, read = read_merge(seeds, recipe, overrides or [], dtype, num_experts, random_seed, allow_unrelated)
     plan = make(read)
     shard_bytes = parse_size(max_shard_size)
@@ -69,9 +74,13 @@ def merge(
     if dry_run:
         show_plan(plan, read, shard_bytes, as_json, target)
         return
+    if push_to:
+        prepare_push(push_to, plan.provenance, license)
     if fetch_seeds(read):
         plan = make(read)
-    run(plan, target, shard_bytes, yes, as_json)
+    if push_to:  # what is there is compared with the plan of what is here
+        prepare_push(push_to, {**plan.provenance, "plan": plan.digest()}, license)
+    run(plan, target, shard_bytes, yes, as_json, push_to, license)
 
 
 def read_merge(
@@ -131,8 +140,16 @@ def show_plan(
         output.data_line(f"To be downloaded: {output.size(download_bytes(read))}")
 
 
-def run(plan: "MergePlan", out: Path, max_shard_size: int, overwrite: bool, as_json: bool) -> None:
-    """Write a plan's checkpoint with a progress bar, and say what was made and how to load it."""
+def run(
+    plan: "MergePlan",
+    out: Path,
+    max_shard_size: int,
+    overwrite: bool,
+    as_json: bool,
+    push_to: str | None = None,
+    license: str | None = None,
+) -> None:
+    """Write a plan's checkpoint with a progress bar, say what was made and how to load it, and push it if asked to."""
     from upcycle.merge import merge
     from upcycle.scaling import DEFAULT_CONTEXT, plan_cost
     from upcycle.staging import partial_folder
@@ -147,7 +164,14 @@ def run(plan: "MergePlan", out: Path, max_shard_size: int, overwrite: bool, as_j
             output.note(f"the same command goes on from what was written, in {partial_folder(out)}")
             raise
     if as_json:
-        output.data_object({**output.result_object(plan, out, result.bytes_written, result.seconds), **asdict(cost)})
+        about = {**output.result_object(plan, out, result.bytes_written, result.seconds), **asdict(cost)}
+        if not push_to:
+            output.data_object(about)
+            return
+        try:
+            about["url"] = push_result(out, push_to, license).url
+        finally:
+            output.data_object(about)
         return
     experts = f"{plan.num_experts} experts, " if plan.format == "bam" else "dense, "
     output.data_line(
@@ -165,6 +189,8 @@ def run(plan: "MergePlan", out: Path, max_shard_size: int, overwrite: bool, as_j
     output.data_line("\nLoad it with\n")
     for line in output.loading_lines(out, remote_code=plan.format == "bam"):
         output.data_line(f"  {line}")
+    if push_to:
+        output.data_line(push_result(out, push_to, license).url)
 
 
 def parse_size(text: str) -> int:

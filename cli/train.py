@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from . import output
+from .fetch import fetched
 from .merge import Json
+from .push import License, PushTo, prepare_push, push_result
 
 if TYPE_CHECKING:
     from upcycle.train import TrainingResult
@@ -21,7 +23,12 @@ ExpertsBackend = Annotated[
 
 
 def train(
-    model: Annotated[Path, typer.Argument(help="Folder of a mixture (BAM or transformers' own) or of a dense model.")],
+    model: Annotated[
+        str,
+        typer.Argument(
+            metavar="MODEL", help="Folder or Hub name of a mixture (BAM or transformers' own) or a dense model."
+        ),
+    ],
     data: Annotated[
         list[str],
         typer.Option(
@@ -91,6 +98,8 @@ def train(
     ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint in --out.")] = False,
     yes: Annotated[bool, typer.Option("--yes", help="Overwrite a former training.")] = False,
+    push_to: PushTo = None,
+    license: License = None,
     as_json: Json = False,
 ) -> None:
     """Train a checkpoint on a mix of domains; the result loads like the one that went in.
@@ -99,13 +108,20 @@ def train(
 
     Example: upcycle train bam-3x --data code=code.jsonl law=law.jsonl --eval-data code=held.jsonl --out out --steps 100
     """
+    if license and not push_to:
+        raise typer.BadParameter("--license is for --push-to")
+    folder = fetched(model)
+    if push_to and output.is_first_process():
+        from upcycle.push_plan import read_provenance
+
+        prepare_push(push_to, read_provenance(folder), license, trained=True)
     from upcycle.data import parse_shares, split_names
     from upcycle.train import train as run
     from upcycle.training_settings import TrainingOptions
 
     sources = split_names("--data", data)
     options = TrainingOptions(
-        model=model,
+        model=folder,
         data=sources,
         out=out,
         steps=steps,
@@ -150,7 +166,10 @@ def train(
             stop.listen()  # events come to the first process alone
         result = run(options, see, lambda: bool(stop.came))
     if output.is_first_process():
-        _show(result, as_json)
+        if push_to and result.finished:
+            _show_and_push(result, push_to, license, as_json)
+        else:
+            _show(result, as_json)
     if not result.finished and signal.SIGTERM not in stop.came:
         raise output.Stopped
 
@@ -183,7 +202,19 @@ class _Stop:
             signal.signal(number, handler)
 
 
-def _show(result: "TrainingResult", as_json: bool) -> None:
+def _show_and_push(result: "TrainingResult", repository: str, license: str | None, as_json: bool) -> None:
+    if not as_json:
+        _show(result, as_json=False)
+        output.data_line(push_result(result.out, repository, license).url)
+        return
+    url = None
+    try:
+        url = push_result(result.out, repository, license).url
+    finally:
+        _show(result, as_json=True, more={"url": url})
+
+
+def _show(result: "TrainingResult", as_json: bool, more: Mapping[str, Any] | None = None) -> None:
     if as_json:
         output.data_object(
             {
@@ -196,6 +227,7 @@ def _show(result: "TrainingResult", as_json: bool) -> None:
                 "heldout": dict(result.heldout),
                 "first_heldout": dict(result.first_heldout),
                 "warnings": list(result.warnings),
+                **(more or {}),
             }
         )
         return

@@ -8,6 +8,7 @@ import hashlib
 import json
 import re
 from collections.abc import Callable
+from fnmatch import fnmatch
 from typing import Any
 from urllib.parse import parse_qs, quote
 
@@ -149,10 +150,13 @@ class Hub(Store):
     def preupload(self, request: Request) -> Answer:
         repo = self.open(request, "propose" if request.flag("create_pr") else "write")
         now, files = repo.find(request.values["revision"]).files, []
+        kept = self.contents[now[".gitignore"].key].decode() if ".gitignore" in now else ""
+        ignored = request.json().get("gitIgnore", kept).split()
         for file in request.json()["files"]:
             lfs = self.in_lfs(file["path"], file["size"], base64.b64decode(file["sample"]))
             known = {"oid": now[file["path"]].key} if file["path"] in now else {}
-            mode = {"uploadMode": "lfs" if lfs else "regular", "shouldIgnore": False}
+            ignore = any(fnmatch(file["path"], pattern) for pattern in ignored)
+            mode = {"uploadMode": "lfs" if lfs else "regular", "shouldIgnore": ignore}
             files.append({"path": file["path"], **mode, **known})
         return Answer({"files": files})
 

@@ -98,8 +98,8 @@ def explain(error: Exception) -> str:
         return f"the Hub refuses: {_first_line(error)}"
     if isinstance(error, errors.LocalEntryNotFoundError) or (status is None and _is_network(error)):
         return (
-            f"the Hub cannot be reached ({type(error).__name__}: {_first_line(error)}); check the network, or set "
-            "HF_HUB_OFFLINE=1 to use what is in the cache"
+            f"the Hub cannot be reached ({type(error).__name__}: {_first_line(error)}); check the network; what is in "
+            "the cache is used with HF_HUB_OFFLINE=1"
         )
     return f"{type(error).__name__}: {_first_line(error)}"
 
