@@ -345,3 +345,32 @@ def test_a_seed_in_lfs_and_one_in_git_are_compared_by_content(hub: HubServer, cl
     names = place(hub, seeds)
     assert len({len(hub.repo(name).find().files["tokenizer.json"].key) for name in names[:2]}) == 2
     assert cli("plan", "--seeds", *names, "--recipe", "btx").returncode == 0
+
+
+def test_the_token_is_nowhere(hub: HubServer, cli: Cli, seeds: list[Path], tmp_path: Path) -> None:
+    """In what is printed, in results, records and caches; whether a command succeeds or fails."""
+    marked = "hf_" + "Marked0Token1"
+    hub.tokens[marked] = hub.tokens[hub.READ]
+    names = place(hub, seeds)
+    for name in names:
+        hub.repo(name).private = True
+    (tmp_path / "text.txt").write_text("word1 word2 word3 " * 40)
+    data = ("--data", f"one={tmp_path / 'text.txt'}", "--sequence-length", 16)
+    commands: list[tuple[tuple[object, ...], str]] = [
+        (("plan", "--seeds", *names, "--recipe", "btx"), ""),
+        (("merge", "--seeds", *names, "--recipe", "btx", "--out", "out"), ""),
+        (("merge", "--seeds", *names, "--recipe", "btx", "--out", "out2"), "/api/models/org/law"),
+        (("plan", "--seeds", *names, "--recipe", "btx"), "/api/models/org/math"),
+        (("train", names[1], *data, "--steps", 2, "--batch-size", 1, "--out", "trained"), ""),
+    ]
+    codes, debug = [], {"UPCYCLE_DEBUG": "1", "HF_HUB_VERBOSITY": "debug", "HF_DEBUG": "1"}
+    for words, failing in commands:
+        hub.faults.clear()
+        if failing:
+            hub.fail(failing, 400, times=None)
+        done = cli(*words, token=marked, **debug)
+        codes.append(done.returncode)
+        assert marked[3:] not in done.stdout + done.stderr
+    assert codes == [0, 0, 1, 1, 0]
+    assert not [path for path in tmp_path.rglob("*") if path.is_file() and marked[3:].encode() in path.read_bytes()]
+    assert marked in {record.token for record in hub.requests}
