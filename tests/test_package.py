@@ -63,6 +63,8 @@ def test_the_wheel_installs_only_upcycle(seeds, tmp_path):
     run(upcycle, "merge", "--seeds", *seeds, "--recipe", "bam-kv-shared", "--out", "m", cwd=tmp_path)
     assert "word3" in run(upcycle, "generate", "m", "word3", cwd=tmp_path)
     assert "report.html" in run(upcycle, "report", "m", cwd=tmp_path)
+    (tmp_path / "empty").mkdir()
+    assert "all is well" in run(upcycle, "demo", "--tiny", cwd=tmp_path / "empty")
     for outsider in ("cli", "recipes", "tests"):
         script = f"import importlib.util as u; raise SystemExit(u.find_spec({outsider!r}) is not None)"
         run(python, "-c", script, cwd=tmp_path)

@@ -11,7 +11,7 @@ import signal
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, ProcessPoolExecutor, as_completed
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -122,6 +122,7 @@ def run_demo(
     recipe: str = "bam-kv-shared",
     settings: Settings | None = None,
     progress: Progress | None = None,
+    pool: Executor | None = None,
 ) -> DemoResult:
     """Train what is not there yet, merge `seed code math prose`, train the mixture, and measure them all.
 
@@ -132,6 +133,7 @@ def run_demo(
         recipe: of the mixture.
         settings: sizes and lengths.
         progress: called with a message whenever something begins or is done.
+        pool: where the trainings run; by default in processes of their own.
 
     Raises:
         UpcycleError: an unknown family, text or a recipe that cannot be served, a folder that cannot be written.
@@ -146,9 +148,9 @@ def run_demo(
     folder, key = work / family, training_key(family, settings, train_text)
     tokenizer = make_tokenizer(folder / "tokenizer", key, train_text, settings)
     heldout = {domain: str(data / f"{domain}.heldout.jsonl") for domain in heldout_text}
-    with _workers() as pool:
+    with nullcontext(pool) if pool else _workers() as running:
         for stage in trainings(folder, key, family, tokenizer, train_text, settings):
-            train_missing(pool, stage, report)
+            train_missing(running, stage, report)
     seeds = [folder / name for name in (SEED, *SPECIALISTS)]
     merged, average = (_merge(recipe, seeds, folder, report) for recipe in (mix, load_recipe("average")))
     mixture = _train_mixture(merged, folder, tokenizer, train_text, heldout, settings, report)
