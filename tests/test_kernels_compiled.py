@@ -65,7 +65,7 @@ def record(dtype: Any, shared_memory: int, sizes: tuple[int, ...]) -> list[Launc
         weights = empty(experts, 2 * inner if gated else inner, hidden), empty(experts, hidden, inner)
         inputs = empty(tokens, hidden), empty(tokens, top_k), *weights
         schedule = make_schedule(index, experts, blocks.rows).tensors()
-        output, before = ffn.forward(*inputs, *schedule, gated, activation, True)
+        output, before = ffn.forward(*inputs, *schedule, gated, activation, True, True)
         ffn.backward(output, *inputs, before, *schedule, gated, activation, [True] * 4)
     scaled = heads.forward(empty(1, tokens, experts * hidden), empty(1, tokens, experts), 8)
     heads.backward(scaled, empty(1, tokens, experts * hidden), empty(1, tokens, experts), 8)

@@ -106,28 +106,35 @@ def unserved(module: Any, dtype: torch.dtype, device: torch.device) -> str | Non
 
 def peculiarity(module: Any) -> str | None:
     """What experts compute that is neither W_down act(W x) nor W_down (act(W_gate x) * W_up x), or None."""
-    from transformers.integrations import moe
+    # From the module itself: what a package imports lazily, the compiler of torch 2.11 does not trace.
+    from transformers.integrations.moe import _default_apply_gate
 
     for name, value in _PLAIN.items():
         if getattr(module, name, value) != value:
             return f"experts with {name}={not value}"
-    if module.has_gate and type(module)._apply_gate is not moe._default_apply_gate:
+    if module.has_gate and type(module)._apply_gate is not _default_apply_gate:
         return "experts with a gating of their own"
     return None
 
 
 def activation_of(act_fn: Any) -> "Activation | None":
     """The kernels' name for an activation of transformers or torch, or None for one that they lack."""
-    from transformers import activations
+    from transformers.activations import (
+        FastGELUActivation,
+        GELUActivation,
+        GELUTanh,
+        NewGELUActivation,
+        SiLUActivation,
+    )
 
-    if isinstance(act_fn, (activations.SiLUActivation, torch.nn.SiLU)) or act_fn is torch.nn.functional.silu:
+    if isinstance(act_fn, (SiLUActivation, torch.nn.SiLU)) or act_fn is torch.nn.functional.silu:
         return "silu"
     # Three spellings of one formula; FastGELU and NewGELU round the constant differently, within fp32's last bits.
-    tanh = (activations.GELUTanh, activations.NewGELUActivation, activations.FastGELUActivation)
+    tanh = (GELUTanh, NewGELUActivation, FastGELUActivation)
     if isinstance(act_fn, tanh):
         return "gelu_tanh"
     if isinstance(act_fn, torch.nn.GELU):
         return "gelu" if act_fn.approximate == "none" else "gelu_tanh"
-    if isinstance(act_fn, activations.GELUActivation) or act_fn is torch.nn.functional.gelu:
+    if isinstance(act_fn, GELUActivation) or act_fn is torch.nn.functional.gelu:
         return "gelu"
     return None
