@@ -233,6 +233,15 @@ def test_what_the_hub_refuses(hub: HubServer, cli: Cli, seeds: list[Path], tmp_p
     assert "its weights are pickled (pytorch_model.bin)" in told("org/pickled")
     assert "it holds adapter_config.json" in told("org/adapter")
     assert "truncated" in told("org/halved")
+    for file in ("config.json", "tokenizer.json"):
+        bomb = Hollow(b"{")
+        bomb.size = 10**9
+        hub.add_model("org/bomb", {**files, file: bomb})
+        assert f"{file} has 1,000,000,000 bytes, expected at most 100,000,000" in told("org/bomb")
+    away = {"weight_map": {"model.norm.weight": "../../../model.safetensors"}}
+    strange = {"config.json": files["config.json"], "model.safetensors.index.json": json.dumps(away)}
+    hub.add_model("org/away", strange)
+    assert "expected a file name in the same folder" in told("org/away")
     assert "the token is not valid" in told("org/law", token="hf_wrong")
     assert "no name of a Hub repository" in told("../nowhere/at/all")
     assert cli("plan", "--seeds", names[0], "org/private", "--recipe", "btx", token=hub.READ).returncode == 0

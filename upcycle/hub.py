@@ -40,6 +40,8 @@ RECORDS: Final = ("train.json", "metrics.jsonl")
 ATTEMPTS: Final = 5
 NETWORK_ATTEMPTS: Final = 3  # where there is no answer at all
 WORKERS: Final = 4
+MAX_FILE: Final = 100_000_000  # bytes of what is not weights; Gemma's tokenizers have 34 MB
+SILENCE: Final = 30  # seconds without an answer
 PASSING: Final = (408, 429, 500, 502, 503, 504)  # statuses that may be others a moment later
 T = TypeVar("T")
 TOKEN: Final = re.compile(r"hf_\w+|(?<=Bearer )\S+")
@@ -149,11 +151,14 @@ class Repository:
         return self.get(CONFIG).parent
 
     def get(self, file: str) -> Path:
-        """A file's place in the cache, downloaded if it is not there.
+        """The place in the cache of a file that is not weights, downloaded if it is not there.
 
         Raises:
-            HubError: it cannot be had.
+            HubError: it cannot be had, or is larger than any such file.
         """
+        size = self.files[file].size if file in self.files else 0
+        if size > MAX_FILE:
+            raise HubError(f"Hub repository {self.name}: {file} has {size:,} bytes, expected at most {MAX_FILE:,}")
         return self._download(file, None)
 
     def _download(self, file: str, bar: Any) -> Path:
@@ -206,12 +211,14 @@ class Repository:
                 "Range": f"bytes={start}-{start + count - 1}",
                 "Accept-Encoding": "identity",
             }
-            with get_session().stream("GET", url, headers=headers, timeout=30, follow_redirects=True) as response:
+            with get_session().stream("GET", url, headers=headers, timeout=SILENCE, follow_redirects=True) as response:
                 if response.status_code >= 400:
                     response.read()
                 hf_raise_for_status(response)
                 # A server may ignore the range, and send all of the file from its beginning.
                 skip, data = (0 if response.status_code == 206 else start), bytearray()
+                if skip > MAX_FILE:
+                    raise OSError("parts of large files cannot be read there, as ranges are ignored")
                 for piece in response.iter_bytes():
                     data += piece
                     if len(data) >= skip + count:
@@ -238,14 +245,14 @@ def find_repository(source: str) -> Repository:
 
     name, _, revision = source.partition("@")
     what = f"Hub repository {source}"
-    info = ask(what, lambda: HfApi().model_info(name, revision=revision or None, files_metadata=True))
+    info = ask(what, lambda: HfApi().model_info(name, revision=revision or None, files_metadata=True, timeout=SILENCE))
     files = {}
     for sibling in info.siblings or []:
         etag = sibling.lfs.sha256 if sibling.lfs else sibling.blob_id
         files[sibling.rfilename] = RemoteFile(sibling.size or 0, etag or "")
     if info.sha is None:
         raise HubError(f"{what}: the Hub names no commit of it")
-    if CONFIG in files and revision != info.sha:
+    if CONFIG in files and files[CONFIG].size <= MAX_FILE and revision != info.sha:
         # By the branch's name, by which the cache finds it again when nobody can be asked.
         ask(what, lambda: hf_hub_download(info.id, CONFIG, revision=revision or None))
     return Repository(info.id, info.sha, files)
