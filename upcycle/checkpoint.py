@@ -163,7 +163,7 @@ def read_header(file: Path) -> dict[str, TensorInfo]:
             return parse_header(file, os.fstat(handle.fileno()).st_size, handle.read)
     except FileNotFoundError:
         raise CheckpointError(f"{file} is missing") from None
-    except OSError as error:
+    except (OSError, ValueError) as error:  # ValueError: a name that cannot be a file's
         raise CheckpointError(f"{file}: the header cannot be read: {error}") from error
 
 
