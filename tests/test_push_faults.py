@@ -129,6 +129,7 @@ def test_ctrl_c_is_heard_at_once(hub: HubServer, push: Push, merged: Path, tmp_p
     hub.delay("^/lfs/", 20, times=1, method="PUT")
     process = start(hub, tmp_path / "home", merged, NAME)
     hub.wait_for("^/lfs/", "PUT")
+    time.sleep(0.5)  # until it is all sent, and the answer waited for
     began = time.monotonic()
     process.send_signal(signal.SIGINT)
     printed, messages = process.communicate(timeout=60)
