@@ -244,6 +244,10 @@ def test_what_the_hub_refuses(hub: HubServer, cli: Cli, seeds: list[Path], tmp_p
     assert "expected a file name in the same folder" in told("org/away")
     assert "the token is not valid" in told("org/law", token="hf_wrong")
     assert "no name of a Hub repository" in told("../nowhere/at/all")
+    for command in ("inspect", "verify"):
+        assert "there is no folder org/nothing; Hub repository org/nothing: there is no such" in refusal(
+            cli(command, "org/nothing")
+        )
     assert cli("plan", "--seeds", names[0], "org/private", "--recipe", "btx", token=hub.READ).returncode == 0
     message = told("org/law", HF_ENDPOINT="http://127.0.0.1:9", HF_HUB_ETAG_TIMEOUT="1")
     assert "the Hub cannot be reached" in message
@@ -383,3 +387,23 @@ def test_the_token_is_nowhere(hub: HubServer, cli: Cli, seeds: list[Path], tmp_p
     assert codes == [0, 0, 1, 1, 0]
     assert not [path for path in tmp_path.rglob("*") if path.is_file() and marked[3:].encode() in path.read_bytes()]
     assert marked in {record.token for record in hub.requests}
+
+
+def test_progress_adds_up_to_the_bytes(hub: HubServer, seeds: list[Path], tmp_path: Path) -> None:
+    names = place(hub, seeds)
+    script = """
+import json, sys
+from upcycle.seeds import download, download_bytes, read_seeds
+seeds, told = read_seeds(sys.argv[1:]), []
+wanted = download_bytes(seeds)
+download(seeds, told.append)
+print(json.dumps([wanted, sum(told), download_bytes(seeds)]))
+"""
+    variables = {**os.environ, **hub.environment(tmp_path / "home")}
+    command = [sys.executable, "-c", script, *names]
+    done = subprocess.run(command, capture_output=True, text=True, env=variables, check=False)
+    assert done.returncode == 0, done.stderr
+    wanted, told, left = json.loads(done.stdout)
+    assert wanted == told > 0
+    assert left == 0
+    assert done.stderr == ""  # none of the client's bars

@@ -258,6 +258,18 @@ def find_repository(source: str) -> Repository:
     return Repository(info.id, info.sha, files)
 
 
+def look_up(source: str) -> Repository:
+    """`find_repository`, for what could have been a folder.
+
+    Raises:
+        HubError: it is neither.
+    """
+    try:
+        return find_repository(source)
+    except HubError as error:
+        raise HubError(f"there is no folder {source}; {error}") from error
+
+
 def weight_files(repository: Repository) -> list[str]:
     """The safetensors files of a model.
 
@@ -347,10 +359,7 @@ def model_folder(
                 "set, nobody was asked"
             )
         return folder
-    try:
-        repository = find_repository(name)
-    except HubError as error:
-        raise HubError(f"there is no folder {name}; {error}") from error
+    repository = look_up(name)
     wanted = {*weight_files(repository), *MODEL_FILES, *RECORDS} & {*repository.files}
     files = repository.missing(wanted)
     if files:

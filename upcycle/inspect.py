@@ -7,7 +7,7 @@ from pathlib import Path
 from upcycle.checkpoint import CONFIG, PROVENANCE, TensorInfo, read_json, read_tensors
 from upcycle.dense_config import DenseModel, read_dense
 from upcycle.errors import CheckpointError, RecipeError
-from upcycle.hub import find_repository, read_remote_tensors
+from upcycle.hub import look_up, read_remote_tensors
 from upcycle.layout import make_layout
 from upcycle.mixture import read_mixture
 from upcycle.numeric import TORCH_NAMES
@@ -38,7 +38,7 @@ def inspect_repository(name: str) -> Inspection:
     Raises:
         HubError, CheckpointError, SeedError: it cannot be had, is neither, or a damaged one.
     """
-    repository = find_repository(name)
+    repository = look_up(name)
     tensors = read_remote_tensors(repository)
     if PROVENANCE in repository.files:
         repository.get(PROVENANCE)

@@ -169,10 +169,7 @@ def _read_hub_seed(name: str, source: str) -> Seed:
             )
         config, tensors = read_json(folder / CONFIG), read_tensors(folder)
         return _make_seed(name, folder, config, tensors, source.partition("@")[0], folder.name)
-    try:
-        remote = hub.find_repository(source)
-    except HubError as error:
-        raise SeedError(f"seed '{name}': there is no folder {source}; {error}") from error
+    remote = hub.look_up(source)
     tensors = hub.read_remote_tensors(remote)
     if CARD in remote.files and remote.files[CARD].size <= MAX_REMOTE_CARD:
         remote.get(CARD)  # for its licence
