@@ -35,11 +35,11 @@ def fetched_by_name(sources: Sequence[str]) -> Iterator[dict[str, str]]:
     """A folder for each source, called as the source is: what the cache calls it is a commit's hash."""
     with TemporaryDirectory(prefix="upcycle-") as links:
         found = {}
-        for source in sources:
+        for number, source in enumerate(dict.fromkeys(sources)):
             folder = fetched(source)
             found[source] = str(folder)
             if folder != Path(source):
-                link = Path(links) / source
+                link = Path(links) / str(number) / source  # by number: one name may begin with another
                 link.parent.mkdir(parents=True, exist_ok=True)
                 link.symlink_to(folder.absolute(), target_is_directory=True)
                 found[source] = str(link)

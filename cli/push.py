@@ -88,8 +88,8 @@ def prepare_push(
     Raises:
         UpcycleError: why it could not be pushed, and what to do.
     """
-    from upcycle.card import check_licenses
     from upcycle.hub_account import check_name, find_target
+    from upcycle.licenses import check_licenses
     from upcycle.push_plan import check_replacing, describe, replaced_model
 
     check_name(repository)
@@ -124,15 +124,15 @@ def push_result(folder: Path, repository: str, license: str | None = None) -> "P
 
 def _check_locally(folder: Path, repository: str, branch: str, license: str | None, writes: bool) -> str | None:
     """Refuse what can be refused at once; the licence that is stated: the one given, or the folder's own card's."""
-    from upcycle.card import check_licenses
     from upcycle.hub_account import check_name, check_token
+    from upcycle.licenses import check_licenses
     from upcycle.push_plan import read_provenance, stated_license
 
     check_name(repository, branch)
-    check_token(writes)
     provenance = read_provenance(folder)
     license = license or stated_license(folder)
     check_licenses(provenance, license)
+    check_token(writes)
     return license
 
 
@@ -204,9 +204,10 @@ def _carry_out(planned: "Push", private: bool, create_pr: bool, yes: bool) -> "P
 
 def _check_replacing(planned: "Push", create_pr: bool, yes: bool) -> None:
     from upcycle.push_plan import check_replacing, describe, read_provenance
+    from upcycle.run_folder import RECORD
 
     if not yes:
-        ours = describe(read_provenance(planned.folder), "train.json" in planned.files)
+        ours = describe(read_provenance(planned.folder), RECORD in planned.files)
         check_replacing(planned.target, planned.replaces, ours, create_pr)
 
 

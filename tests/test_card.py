@@ -8,7 +8,6 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +20,12 @@ from tests.conftest import write_tokenizer
 from tests.hub_server import HubServer
 from tests.test_report import make_evaluation, make_run, step_line
 from tests.tiny import BY_NAME, VOCAB, edit_json, make_seeds, mixtral_config
-from upcycle.card import BEGIN, END, licensing, make_card, title
+from upcycle.card import BEGIN, END, make_card, title
 from upcycle.comparison import evaluate_models
 from upcycle.errors import CheckpointError, DataError
 from upcycle.evaluation_inputs import EvaluationOptions
 from upcycle.inspect import inspect_checkpoint
+from upcycle.licenses import licensing
 from upcycle.merge import merge
 from upcycle.mixture import plan_extract, read_mixture
 from upcycle.plan import plan_merge
@@ -60,12 +60,6 @@ def mix(made_mixture: Path, tmp_path: Path) -> Path:
 @pytest.fixture
 def trained(mix: Path, tmp_path: Path) -> Path:
     return make_run(tmp_path / "trained", mix)
-
-
-@pytest.fixture
-def hub() -> Iterator[HubServer]:
-    with HubServer() as server:
-        yield server
 
 
 def provenance(folder: Path) -> dict[str, Any]:

@@ -307,6 +307,9 @@ def test_names_go_wherever_folders_go(hub: HubServer, cli: Cli, seeds: list[Path
         assert found["models"][name]["domains"] == expected["models"][folder]["domains"]
         assert found["models"][name]["role"] == expected["models"][folder]["role"]
     assert found["verdict"] == expected["verdict"]
+    done = cli("eval", names[0], *names[:2], *data, "--sequence-length", 16, "--base", names[1], "--json")
+    assert done.returncode == 0, done.stderr
+    assert list(json.loads(done.stdout)["models"]) == names[:2]
     done = cli("train", names[0], *data, "--sequence-length", 16, "--steps", 2, "--batch-size", 2, "--out", "trained")
     assert done.returncode == 0, done.stderr
     assert "Trained by upcycle" in (tmp_path / "trained" / "README.md").read_text()

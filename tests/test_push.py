@@ -7,7 +7,6 @@ import shlex
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -37,12 +36,6 @@ for source in sys.argv[1:]:
 assert logits[0].dtype == torch.bfloat16 and logits[0].isfinite().all()
 print(type(model).__name__, torch.equal(*logits), "upcycle" in sys.modules)
 """
-
-
-@pytest.fixture
-def hub() -> Iterator[HubServer]:
-    with HubServer() as server:
-        yield server
 
 
 @pytest.fixture

@@ -7,7 +7,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -19,12 +18,6 @@ from tests.pushing import NAME, Push, check_pushed, contents, licensed_seeds, mi
 
 KILLS = 20
 MARKED = "hf_AbCdEfGhIjKlMnOpQrStUvWxYz012345"
-
-
-@pytest.fixture
-def hub() -> Iterator[HubServer]:
-    with HubServer() as server:
-        yield server
 
 
 @pytest.fixture

@@ -23,23 +23,10 @@ from upcycle.card_sections import (
 )
 from upcycle.checkpoint import CARD, PROVENANCE, read_json
 from upcycle.errors import CheckpointError, DataError
-from upcycle.licenses import Licensing, check_licenses, licensing, seed_records
+from upcycle.licenses import licensing, seed_records
 from upcycle.markdown import plain
 from upcycle.run_folder import RECORD
 from upcycle.run_records import Source, read_sources
-
-__all__ = [
-    "BEGIN",
-    "END",
-    "Licensing",
-    "check_licenses",
-    "is_handwritten",
-    "licensing",
-    "make_card",
-    "read_card",
-    "title",
-    "write_card",
-]
 
 BEGIN: Final = "<!-- upcycle: begin -->"
 END: Final = "<!-- upcycle: end -->"

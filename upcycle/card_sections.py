@@ -14,11 +14,11 @@ from upcycle.markdown import code, grid, link, listed, plain, table
 from upcycle.report_tables import MISSING, cost_table, describe, mix_facts
 from upcycle.run_folder import STATE
 from upcycle.run_records import Source
+from upcycle.seeds import VOCABULARIES
 
 HUB: Final = "https://huggingface.co"
 ELSEWHERE: Final = "path/to/this/model"
 _PATH: Final = re.compile(r"[\w.+][\w.+-]*(/[\w.+][\w.+-]*)?")
-_TOKENIZERS: Final = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
 
 
 @dataclass(frozen=True)
@@ -177,7 +177,7 @@ def pictures(paths: Sequence[str]) -> str:
 def how_to_load(subject: Subject) -> str:
     """The lines that load it."""
     options = ", trust_remote_code=True" if "auto_map" in subject.source.config else ""
-    tokenized = any((subject.source.folder / file).is_file() for file in _TOKENIZERS)
+    tokenized = any((subject.source.folder / file).is_file() for file in VOCABULARIES)
     lines = [
         f"from transformers import AutoModelForCausalLM{', AutoTokenizer' if tokenized else ''}",
         "",

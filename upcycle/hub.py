@@ -33,10 +33,11 @@ from upcycle.checkpoint import (
     read_json,
 )
 from upcycle.errors import CheckpointError, HubError
+from upcycle.run_folder import METRICS, RECORD
 
 # Beside the weights; never other layouts of the same weights, nor subfolders.
 MODEL_FILES: Final = (CONFIG, INDEX, CARD, *COPIED_FILES, *MODELING_FILES, PROVENANCE, SUMS)
-RECORDS: Final = ("train.json", "metrics.jsonl")
+RECORDS: Final = (RECORD, METRICS)
 ATTEMPTS: Final = 5
 NETWORK_ATTEMPTS: Final = 3  # where there is no answer at all
 WORKERS: Final = 4

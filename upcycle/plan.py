@@ -190,15 +190,7 @@ def plan_merge(
         sources=tuple(SourceCheckpoint(seed.name, seed.folder, seed.tensors) for seed in seeds),
         tensors=tensors,
         config=config,
-        provenance={
-            "upcycle_version": __version__,
-            "format": "bam" if is_bam else "dense",
-            "recipe": recipe.resolved(),
-            "seeds": _seed_records(seeds, samples, dropped, unused),
-            "ancestor": first.name if recipe.copies else find_ancestor(seeds, samples),
-            "experts": planner.expert_names() if is_bam else [],
-            "random_seed": random_seed,
-        },
+        provenance=_provenance(planner, samples, dropped, unused, random_seed),
         random_seed=random_seed,
         copied=copied_files(first.folder, with_code=is_bam),
         tokenizer_config=_plain_tokenizer_config(first) if is_bam else None,
@@ -207,14 +199,16 @@ def plan_merge(
     )
 
 
-def _seed_records(
-    seeds: Sequence[Seed],
+def _provenance(
+    planner: "_Planner",
     samples: Sequence[Mapping[str, bytes]],
     dropped: Sequence[Sequence[str]],
     unused: Sequence[set[str]],
-) -> list[dict[str, Any]]:
-    """What `upcycle.json` says of each seed."""
-    return [
+    random_seed: int,
+) -> dict[str, Any]:
+    """What `upcycle.json` says but for the plan's hash."""
+    recipe, seeds = planner.recipe, planner.seeds
+    records = [
         {
             "name": seed.name,
             "repository": seed.repository,
@@ -225,6 +219,15 @@ def _seed_records(
         }
         for index, seed in enumerate(seeds)
     ]
+    return {
+        "upcycle_version": __version__,
+        "format": "bam" if recipe.ffn_experts else "dense",
+        "recipe": recipe.resolved(),
+        "seeds": records,
+        "ancestor": seeds[0].name if recipe.copies else find_ancestor(seeds, samples),
+        "experts": planner.expert_names() if recipe.ffn_experts else [],
+        "random_seed": random_seed,
+    }
 
 
 def _plain_tokenizer_config(seed: Seed) -> dict[str, Any] | None:

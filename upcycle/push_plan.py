@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from upcycle.card import check_licenses, is_handwritten, make_card, read_card, title
+from upcycle.card import is_handwritten, make_card, read_card, title
 from upcycle.card_metadata import split_card
 from upcycle.checkpoint import (
     CARD,
@@ -26,6 +26,8 @@ from upcycle.checkpoint import (
 from upcycle.errors import CheckpointError, HubError
 from upcycle.hub import RECORDS, RemoteFile, Repository
 from upcycle.hub_account import Target
+from upcycle.licenses import check_licenses
+from upcycle.run_folder import RECORD
 from upcycle.version import __version__
 
 PICTURES: Final = "report-pictures"
@@ -133,12 +135,12 @@ def plan_push(
     return Push(
         folder=folder,
         target=target,
-        title=f"Upload {title(provenance, RECORDS[0] in files)}, by upcycle {__version__}",
+        title=f"Upload {title(provenance, RECORD in files)}, by upcycle {__version__}",
         files=files,
         unchanged=frozenset(unchanged),
         deleted=[name for name in sorted(there) if is_of_a_model(name) and name not in files],
         left_out=left_out,
-        replaces=replaced_model(target, provenance, RECORDS[0] in files),
+        replaces=replaced_model(target, provenance, RECORD in files),
     )
 
 
@@ -222,7 +224,7 @@ def replaced_model(target: Target, provenance: Mapping[str, Any], trained: bool)
         return f"a model whose {PROVENANCE} is damaged"
     if not isinstance(there, dict):
         return f"a model whose {PROVENANCE} is damaged"
-    was_trained = RECORDS[0] in head.files
+    was_trained = RECORD in head.files
     if there.get("plan") == provenance.get("plan") and (trained or not was_trained):
         return None
     return describe(there, was_trained)
