@@ -14,10 +14,25 @@ import typer
 from upcycle.errors import UpcycleError
 from upcycle.version import __version__
 
-from . import demo, evaluate, extract, generate, inspect, merge, output, plan, push, recipes, report, train, verify
+from . import (
+    demo,
+    evaluate,
+    extract,
+    generate,
+    inspect,
+    merge,
+    output,
+    plan,
+    push,
+    recipes,
+    report,
+    routers,
+    train,
+    verify,
+)
 
 # Options that take every word up to the next one that begins with `-`.
-LIST_OPTIONS = ("--seeds", "--set", "--data", "--eval-data", "--mix", "--tasks")
+LIST_OPTIONS = ("--seeds", "--set", "--data", "--eval-data", "--mix", "--tasks", "--router-data")
 
 app = typer.Typer(
     name="upcycle",
@@ -30,6 +45,7 @@ app = typer.Typer(
 for function in (
     merge.merge,
     plan.plan,
+    routers.routers,
     train.train,
     evaluate.evaluate,
     report.report,

@@ -1,8 +1,8 @@
 """`upcycle merge`: several dense checkpoints into one mixture."""
 
 import re
-from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -12,9 +12,13 @@ import typer
 from . import output
 from .fetch import fetch_seeds
 from .push import License, PushTo, prepare_push, push_result
+from .routers import RouterTokens, fitting_steps, show_warnings
 
 if TYPE_CHECKING:
     from upcycle.plan import MergePlan
+    from upcycle.recipe import Recipe
+    from upcycle.router_checkpoint import RoutersResult
+    from upcycle.router_text import RouterText
     from upcycle.seeds import Seed
 
 DTYPES = {"bf16": "BF16", "fp16": "F16", "fp32": "F32"}
@@ -38,6 +42,14 @@ NumExperts = Annotated[int | None, typer.Option(max=1024, help="Copies of the se
 RandomSeed = Annotated[int, typer.Option(min=0, max=2**63, help="From which the routers are drawn.")]
 Unrelated = Annotated[bool, typer.Option("--allow-unrelated", help="Mix seeds that share no ancestor.")]
 MaxShardSize = Annotated[str, typer.Option(help="Bytes of weights in one file: 5GB, 500MB, ...")]
+RouterData = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--router-data",
+        metavar="NAME=FILE ...",
+        help="A little text for each seed (.jsonl, .txt, .parquet, .npy), to which the routers are fitted.",
+    ),
+]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 
 
@@ -49,6 +61,8 @@ def merge(
     overrides: Overrides = None,
     num_experts: NumExperts = None,
     random_seed: RandomSeed = 0,
+    router_data: RouterData = None,
+    router_tokens: RouterTokens = 16_384,
     max_shard_size: MaxShardSize = "5GB",
     allow_unrelated: Unrelated = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only show what would be made and what it costs.")] = False,
@@ -61,12 +75,20 @@ def merge(
 
     Example: upcycle merge --seeds code law math --recipe bam-kv-shared
     """
+    from upcycle.data import split_names
+    from upcycle.router_text import check_names, read_router_text
     from upcycle.staging import check_target
 
     if license and not push_to:
         raise typer.BadParameter("--license is for --push-to")
-    make, read = read_merge(seeds, recipe, overrides or [], dtype, num_experts, random_seed, allow_unrelated)
-    plan = make(read)
+    made = read_merge(seeds, recipe, overrides or [], dtype, num_experts, random_seed, allow_unrelated)
+    make, read = made.plan, made.seeds
+    names = [seed.name for seed in read]
+    # Only the option and the recipe are looked at so far, and what can be planned before the text is read.
+    sources = split_names("--router-data", router_data) if router_data else made.recipe.prompts
+    if sources:
+        check_names(list(sources), names)
+    plan = make(read, text={} if sources else None)
     shard_bytes = parse_size(max_shard_size)
     experts = plan.num_experts if plan.format == "bam" else len(plan.sources)
     target = out or Path(f"{plan.recipe.name}-{experts}x")
@@ -76,11 +98,27 @@ def merge(
         return
     if push_to:
         prepare_push(push_to, plan.provenance, license)
-    if fetch_seeds(read):
+    if fetch_seeds(read) and not sources:
         plan = make(read)
+    text = None
+    if sources:
+        model = plan.layout.model
+        longest = model.values["max_position_embeddings"]
+        config = {**read[0].config, "vocab_size": model.sizes.vocab}
+        text = read_router_text(sources, names, read[0].folder, config, tokens=router_tokens, longest=longest)
+        plan = make(read, text=text.record(), usage=text.usage(model.sizes.vocab))
     if push_to:  # what is there is compared with the plan of what is here
         prepare_push(push_to, {**plan.provenance, "plan": plan.digest()}, license)
-    run(plan, target, shard_bytes, yes, as_json, push_to, license)
+    run(plan, target, shard_bytes, yes, as_json, push_to, license, text)
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What a merge is made of, and what plans it."""
+
+    recipe: "Recipe"
+    seeds: "list[Seed]"
+    plan: "Callable[..., MergePlan]"
 
 
 def read_merge(
@@ -91,15 +129,16 @@ def read_merge(
     num_experts: int | None,
     random_seed: int,
     allow_unrelated: bool,
-) -> "tuple[Callable[[Sequence[Seed]], MergePlan], list[Seed]]":
-    """Read recipe and seeds; what plans their merge, and the seeds."""
+) -> Inputs:
+    """Read recipe and seeds."""
     from upcycle.plan import plan_merge
     from upcycle.recipe import load_recipe
     from upcycle.seeds import read_seeds
 
+    loaded = load_recipe(recipe, overrides)
     make = partial(
         plan_merge,
-        load_recipe(recipe, overrides),
+        loaded,
         dtype=DTYPES[dtype] if dtype else None,
         num_experts=num_experts,
         random_seed=random_seed,
@@ -109,7 +148,7 @@ def read_merge(
     for seed, spec in zip(read, seeds, strict=True):
         if seed.repository and seed.repository not in spec:
             output.note(f"{spec} is now {seed.repository} on the Hub")
-    return make, read
+    return Inputs(loaded, read, make)
 
 
 def show_plan(
@@ -148,23 +187,49 @@ def run(
     as_json: bool,
     push_to: str | None = None,
     license: str | None = None,
+    text: "RouterText | None" = None,
 ) -> None:
-    """Write a plan's checkpoint with a progress bar, say what was made and how to load it, and push it if asked to."""
+    """Write a plan's checkpoint with a progress bar, its routers set from `text` if there is one; say what was made
+    and how to load it, and push it if asked to.
+    """
     from upcycle.merge import merge
     from upcycle.scaling import DEFAULT_CONTEXT, plan_cost
     from upcycle.staging import partial_folder
 
     cost, _ = plan_cost(plan, max_shard_size, DEFAULT_CONTEXT)
-    with output.byte_progress(f"{plan.recipe.name} → {out}", plan.nbytes) as progress:
+    routers: RoutersResult | None = None
+    steps = fitting_steps(text, plan.layout.model.sizes.layers)
+    with (
+        output.byte_progress(f"{plan.recipe.name} → {out}", plan.nbytes) as progress,
+        output.share_progress("setting the routers", steps, after=progress) as setting,
+    ):
+
+        def finish(folder: Path) -> Mapping[str, list[str]]:
+            from upcycle.router_checkpoint import set_checkpoint_routers
+
+            nonlocal routers
+            assert text is not None
+            routers, sums = set_checkpoint_routers(folder, text, plan.recipe.from_text(), progress=setting)
+            return sums
+
         try:
             result = merge(
-                plan, out, max_shard_size=max_shard_size, overwrite=overwrite, progress=progress, tell=output.note
+                plan,
+                out,
+                max_shard_size=max_shard_size,
+                overwrite=overwrite,
+                progress=progress,
+                tell=output.note,
+                finish=finish if text else None,
             )
         except KeyboardInterrupt:
             output.note(f"the same command goes on from what was written, in {partial_folder(out)}")
             raise
     if as_json:
         about = {**output.result_object(plan, out, result.bytes_written, result.seconds), **asdict(cost)}
+        if routers:
+            show_warnings(routers)
+            about["router_accuracy"] = routers.accuracy
         if not push_to:
             output.data_object(about)
             return
@@ -179,13 +244,19 @@ def run(
         f"{output.count(cost.active_parameters)} active per token, "
         f"{output.size(result.bytes_written)}, in {result.seconds:.2f} s"
     )
-    if plan.format == "bam":
-        output.data_line("Its routers are untrained: expect little before the mixture is trained.")
-        if plan.recipe.ffn_router.top_k == 1 and plan.recipe.ffn_router.normalize:
-            output.data_line(
-                "With top_k = 1 and normalize = true every gate is 1: the language-model loss gives the FFN routers no "
-                "gradient. To train them, take normalize = false, as the paper does."
-            )
+    if routers:
+        show_warnings(routers)
+        output.data_line(f"Its routers are set from text; {routers.summary()}.")
+    elif plan.format == "bam":
+        output.data_line(
+            "Its routers know nothing yet: train the mixture, or give a little text of each seed's domain "
+            "(--router-data) to set them from."
+        )
+    if plan.format == "bam" and plan.recipe.ffn_router.top_k == 1 and plan.recipe.ffn_router.normalize:
+        output.data_line(
+            "With top_k = 1 and normalize = true every gate is 1: the language-model loss gives the FFN routers no "
+            "gradient. To train them, take normalize = false, as the paper does."
+        )
     output.data_line("\nLoad it with\n")
     for line in output.loading_lines(out, remote_code=plan.format == "bam"):
         output.data_line(f"  {line}")

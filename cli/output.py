@@ -4,13 +4,15 @@ import json
 import os
 import shutil
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from rich.progress import Progress
+
     from upcycle.plan import MergePlan
     from upcycle.scaling import Cost, ParallelTraining
 
@@ -123,8 +125,22 @@ def entries(rows: Sequence[tuple[str, str]]) -> None:
     Console().print(grid)
 
 
+class Bar:
+    """A progress bar: called with what was done since the last call."""
+
+    def __init__(self, progress: "Progress", label: str, total: int, after: "Bar | None" = None) -> None:
+        self._progress, self._task, self._after = progress, progress.add_task(label, total=total), after
+
+    def __call__(self, count: int) -> None:
+        if self._after:  # two bars would draw over one another
+            self._after._progress.stop()
+            self._after = None
+        self._progress.start()
+        self._progress.advance(self._task, count)
+
+
 @contextmanager
-def byte_progress(label: str, total: int) -> Iterator[Callable[[int], None]]:
+def byte_progress(label: str, total: int) -> Iterator[Bar]:
     """A progress bar in bytes on stderr; silent where stderr is no terminal."""
     from rich.console import Console
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
@@ -140,8 +156,22 @@ def byte_progress(label: str, total: int) -> Iterator[Callable[[int], None]]:
     with Progress(
         *columns, console=console, transient=True, disable=not console.is_terminal or not is_first_process()
     ) as progress:
-        task = progress.add_task(label, total=total)
-        yield lambda count: progress.advance(task, count)
+        yield Bar(progress, label, total)
+
+
+@contextmanager
+def share_progress(label: str, total: int, after: Bar) -> Iterator[Bar]:
+    """A progress bar in percent that takes the place of another when it is first called."""
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+
+    console = Console(stderr=True)
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
+    progress = Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
+    try:
+        yield Bar(progress, label, total, after)
+    finally:
+        progress.stop()
 
 
 def size(count: float) -> str:

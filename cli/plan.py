@@ -62,8 +62,10 @@ def plan(
     if seeds and gpus:
         raise typer.BadParameter("--gpus needs --config; give the config.json of one of the seeds")
     if seeds:
-        make, read = read_merge(seeds, recipe, overrides or [], dtype, num_experts, 0, allow_unrelated)
-        show_plan(make(read), read, parse_size(max_shard_size), as_json, context=context)
+        made = read_merge(seeds, recipe, overrides or [], dtype, num_experts, 0, allow_unrelated)
+        wants_text = made.recipe.from_text() or made.recipe.prompts
+        planned = made.plan(made.seeds, text={} if wants_text else None)
+        show_plan(planned, made.seeds, parse_size(max_shard_size), as_json, context=context)
         return
     from upcycle.recipe import load_recipe
     from upcycle.scaling import config_cost, config_training

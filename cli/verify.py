@@ -58,6 +58,7 @@ def verify(
                 "checksums": not found.unsummed,
                 "finite": found.finite,
                 "remade": found.remade,
+                "from_text": found.from_text,
                 "loaded": found.loaded,
                 "problems": found.problems,
                 "seconds": round(found.seconds, 3),
@@ -81,6 +82,8 @@ def _show(found: "Verification") -> None:
         done.insert(0, f"{found.files} files and {found.tensors} tensors have their checksums")
     if found.remade is not None:
         done.append(f"{found.remade} are what the seeds give, to the bit")
+    if found.from_text:
+        done.append(f"{found.from_text} come from text and have no seed to be compared with")
     if found.loaded:
         done.append("it loads, and a forward is finite")
     count = len(found.problems)

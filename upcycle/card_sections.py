@@ -56,6 +56,12 @@ class Subject:
         return merged and source.training is None and not (source.folder / STATE).is_dir()
 
     @property
+    def routed(self) -> Mapping[str, Any]:
+        """What upcycle.json says of routers that were set from text; empty where they were not."""
+        found = self.source.provenance.get("routers")
+        return found if isinstance(found, dict) else {}
+
+    @property
     def place(self) -> str:
         """How code and commands call it: never text that could end them."""
         return self.name if _PATH.fullmatch(self.name) else ELSEWHERE
@@ -91,12 +97,29 @@ def what_it_is(subject: Subject) -> str:
     if source.training is not None:
         sentences.append("It was trained after that, as said below." if seeds else "Its training is described below.")
     paragraphs = [" ".join(sentences)]
-    if subject.untrained:
+    if subject.untrained and subject.routed:
+        paragraphs.append(
+            "> **It is not trained yet.** Its routers are set from text: from a few thousand tokens for each "
+            f"expert they learned which expert's text a token comes from{_accuracy(subject.routed)}. Training makes it "
+            "better."
+        )
+    elif subject.untrained:
         paragraphs.append(
             "> **Its routers are untrained.** It is as the merge made it, and its routers know nothing of its experts "
             "yet. It needs training on a mix of their domains before it is any good."
         )
     return "\n\n".join(paragraphs)
+
+
+def _accuracy(routed: Mapping[str, Any]) -> str:
+    """How well, over all layers, where it is known."""
+    found = []
+    for kind, name in (("attention", "attention"), ("ffn", "FFN")):
+        record = routed.get(kind)
+        values = record.get("accuracy") if isinstance(record, dict) else None
+        if isinstance(values, list) and values and all(isinstance(value, (int, float)) for value in values):
+            found.append(f"{sum(values) / len(values):.0%} of the time in the {name}")
+    return f" (right {listed(found)} on text held back from them)" if found else ""
 
 
 def _parts(subject: Subject, recipe: Mapping[str, Any]) -> list[tuple[str, str]]:

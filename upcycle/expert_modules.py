@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from upcycle.modeling.modeling_bam import GatedOutput
+from upcycle.modeling.modeling_bam import BamFeedForward, GatedOutput
 from upcycle.weights import decoder_layers
 
 
@@ -28,6 +28,16 @@ def attention_experts(model: Any) -> dict[int, GatedOutput]:
         for number, layer in enumerate(decoder_layers(model))
         for module in layer.modules()
         if isinstance(module, GatedOutput)
+    }
+
+
+def ffn_scales(model: Any) -> dict[int, torch.Tensor]:
+    """By layer the scale of its FFN's gates, where the layer has one (`ffn_scale` of a BAM mixture's config)."""
+    return {
+        number: module.scale
+        for number, layer in enumerate(decoder_layers(model))
+        for module in layer.modules()
+        if isinstance(module, BamFeedForward) and module.scale is not None
     }
 
 

@@ -70,6 +70,7 @@ def merge(
     overwrite: bool = False,
     progress: Callable[[int], None] | None = None,
     tell: Callable[[str], None] | None = None,
+    finish: Callable[[Path], Mapping[str, list[str]]] | None = None,
 ) -> MergeResult:
     """Write a plan's checkpoint to `out`, whole or not at all.
 
@@ -82,6 +83,8 @@ def merge(
         overwrite: replace a former result at `out`.
         progress: called with the number of bytes written since the last call.
         tell: called with a sentence where something is taken up again, or why it is not.
+        finish: called with the folder that holds all but the card, before anything of it is visible at `out`; may
+            change tensors, whose checksums it gives back. What it does is done anew after an interruption.
 
     Raises:
         OutputError: the folder exists, the disk is full or cannot be written.
@@ -109,9 +112,11 @@ def merge(
                 sums = _write_weights(plan, folder, shards, journal, progress or _ignore, tell or _ignore)
             finally:
                 journal.close()
-            _write_companions(plan, folder, shards, former)
+            _write_companions(plan, folder, shards)
+            changed = finish(folder) if finish else {}
+            write_card(folder, former)
             journal.remove()
-            write_sums(folder, sums)
+            write_sums(folder, {**sums, **changed})
             _check_unchanged(plan, same)
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
@@ -122,7 +127,7 @@ def merge(
     return MergeResult(out, sum(shard.size for shard in shards), time.monotonic() - began)
 
 
-def _write_companions(plan: MergePlan, folder: Path, shards: Sequence[Shard], former: str) -> None:
+def _write_companions(plan: MergePlan, folder: Path, shards: Sequence[Shard]) -> None:
     """What lies beside the weights."""
     for name, source in plan.copied.items():
         shutil.copyfile(source, folder / name)
@@ -132,7 +137,6 @@ def _write_companions(plan: MergePlan, folder: Path, shards: Sequence[Shard], fo
         write_json(folder / INDEX, index_json(shards))
     write_json(folder / PROVENANCE, {**plan.provenance, "plan": plan.digest()})
     write_json(folder / CONFIG, plan.config)
-    write_card(folder, former)
 
 
 def _keep_weights(folder: Path, shards: set[str]) -> None:
@@ -324,21 +328,23 @@ def jobs(plan: MergePlan, reader: Reader, tensor: PlannedTensor) -> Iterator[Job
     if tensor.init:
         yield _init_job(plan.random_seed, tensor, tensor.init)
     for group in tensor.groups:
-        yield from _group_jobs(reader, tensor.dtype, group)
+        yield from _group_jobs(reader, tensor.dtype, group, plan.usage)
 
 
-def _group_jobs(reader: Reader, dtype: str, group: PlannedGroup) -> Iterator[Job]:
+def _group_jobs(reader: Reader, dtype: str, group: PlannedGroup, usage: Array | None) -> Iterator[Job]:
     item = ITEM_SIZE[dtype]
     # The widest of the output's row and of each source's stride, which all must fit a buffer in up to 4 bytes.
     widest = max(group.width, *(source.stride for part in group.parts for source in part.sources))
-    if group.rows == 1 or 4 * widest > CHUNK or all(part.block * item >= CONTIGUOUS for part in group.parts):
+    by_usage = any(part.by_usage for part in group.parts)  # whose rows have weights of their own
+    large = 4 * widest > CHUNK or all(part.block * item >= CONTIGUOUS for part in group.parts)
+    if group.rows == 1 or (large and not by_usage):
         for row in range(group.rows):
             for part in group.parts:
                 yield from _block_jobs(reader, dtype, part, row)
         return
     step = CHUNK // (4 * widest)
     for first in range(0, group.rows, step):
-        yield _rows_job(reader, dtype, group, first, min(step, group.rows - first))
+        yield _rows_job(reader, dtype, group, first, min(step, group.rows - first), usage)
 
 
 def _block_jobs(reader: Reader, dtype: str, part: Part, row: int) -> Iterator[Job]:
@@ -353,7 +359,7 @@ def _block_jobs(reader: Reader, dtype: str, part: Part, row: int) -> Iterator[Jo
         yield job(start, min(step, part.block - start))
 
 
-def _rows_job(reader: Reader, dtype: str, group: PlannedGroup, first: int, count: int) -> Job:
+def _rows_job(reader: Reader, dtype: str, group: PlannedGroup, first: int, count: int, usage: Array | None) -> Job:
     """Some rows of a group, assembled side by side."""
     item = ITEM_SIZE[dtype]
 
@@ -362,7 +368,11 @@ def _rows_job(reader: Reader, dtype: str, group: PlannedGroup, first: int, count
         rows, column = data.reshape(count, -1), 0
         for part in group.parts:
             width = part.block * item
-            mixed = _mix(reader, dtype, part.sources, part.weights, part.block, first, count, buffers)
+            weights: tuple[float, ...] | Array = part.weights
+            if part.by_usage:
+                assert usage is not None, "a plan that was made again without its text cannot be run"
+                weights = usage[first : first + count]
+            mixed = _mix(reader, dtype, part.sources, weights, part.block, first, count, buffers)
             rows[:, column : column + width] = mixed.reshape(count, width)
             column += width
         return data
@@ -374,25 +384,31 @@ def _mix(
     reader: Reader,
     dtype: str,
     sources: tuple[Source, ...] | list[Source],
-    weights: tuple[float, ...],
+    weights: tuple[float, ...] | Array,
     block: int,
     first: int,
     count: int,
     buffers: Buffers,
 ) -> Array:
-    """Rows of one source as `dtype`, or the mean of several: summed in fp32, scaled once, cast once; raw bytes."""
+    """Rows of one source as `dtype`, or the mean of several: summed in fp32, scaled once, cast once; raw bytes.
+
+    Weights are those of the sources, or `[rows, sources]`.
+    """
     if len(sources) == 1:
         info = reader.info(sources[0])
         data = reader.rows(sources[0], block, first, count, buffers)
         return (
             data if info.dtype == dtype else _cast(reader, sources, to_float32(data.data, info.dtype), dtype, buffers)
         )
-    equal = len(set(weights)) == 1
+    by_row = isinstance(weights, np.ndarray)
+    equal = not by_row and len(set(weights)) == 1
     total: Array | None = None
-    for source, weight in zip(sources, weights, strict=True):
+    for index, source in enumerate(sources):
         values = to_float32(reader.rows(source, block, first, count, buffers).data, reader.info(source).dtype)
-        if not equal:
-            values *= np.float32(weight)
+        if isinstance(weights, np.ndarray):
+            values *= weights[:, index].astype(np.float32).repeat(block)
+        elif not equal:
+            values *= np.float32(weights[index])
         if total is None:
             total = values
         else:

@@ -14,8 +14,8 @@ from upcycle.dense_config import DenseModel
 from upcycle.errors import RecipeError, SeedError, did_you_mean
 from upcycle.layout import Group, Layout, MixtureTensor, make_layout
 from upcycle.licenses import seed_records
-from upcycle.numeric import TORCH_NAMES
-from upcycle.recipe import EXPERTS, SEED_PREFIX, WEIGHTED, Recipe
+from upcycle.numeric import TORCH_NAMES, Array
+from upcycle.recipe import EXPERTS, FROM_TEXT, SEED_PREFIX, USAGE, WEIGHTED, Recipe
 from upcycle.seeds import Seed, check_tensors, read_license
 from upcycle.version import __version__
 
@@ -39,6 +39,7 @@ class Part:
     block: int
     sources: tuple[Source, ...]
     weights: tuple[float, ...] = (1.0,)
+    by_usage: bool = False  # each row's weights are those of the plan's `usage` instead
 
 
 @dataclass(frozen=True)
@@ -56,9 +57,13 @@ class PlannedGroup:
 
 @dataclass(frozen=True)
 class RandomInit:
-    """A router's start: normal with this standard deviation (0: zeros), from the plan's random seed and its name."""
+    """A router's start: normal with this standard deviation (0: zeros), from the plan's random seed and its name.
+
+    With `from_text` it is only what stands there until the router is set from text, when all else is written.
+    """
 
     std: float
+    from_text: bool = False
 
 
 @dataclass(frozen=True)
@@ -97,6 +102,8 @@ class MergePlan:
         config: the output's config.json.
         provenance: its upcycle.json, without the plan's hash.
         random_seed: from which routers are initialised.
+        usage: `[vocabulary, seeds]`, the weights of each row of what is mixed by usage; None where nothing is, or where
+            a plan is made again without the text.
         copied: files taken over byte for byte, by the output's name.
         tokenizer_config: the output's tokenizer_config.json where it must differ from the seed's, else None.
     """
@@ -112,6 +119,7 @@ class MergePlan:
     tokenizer_config: Mapping[str, Any] | None
     layout: Layout
     recipe: Recipe
+    usage: Array | None = None
 
     @property
     def nbytes(self) -> int:
@@ -126,7 +134,7 @@ class MergePlan:
                 "dtype": t.dtype,
                 "shape": t.shape,
                 "groups": [asdict(g) for g in t.groups],
-                "init": t.init and t.init.std,
+                "init": t.init and ("text" if t.init.from_text else t.init.std),
             }
             for t in self.tensors
         ]
@@ -147,6 +155,8 @@ def plan_merge(
     num_experts: int | None = None,
     random_seed: int = 0,
     allow_unrelated: bool = False,
+    text: Mapping[str, Any] | None = None,
+    usage: Array | None = None,
 ) -> MergePlan:
     """Plan the merge of `seeds` by `recipe`; reads nothing but headers and 2048 elements of every tensor.
 
@@ -160,10 +170,14 @@ def plan_merge(
         num_experts: copies of the seed; only with `recipe.copies`.
         random_seed: for the routers.
         allow_unrelated: skip the check that the seeds share an ancestor.
+        text: what is recorded of the text that routers are set from after the merge; None if there is none.
+        usage: `[vocabulary, seeds]`, how the rows of embedding and head are weighted where the recipe mixes them by
+            usage; rows sum to 1.
 
     Raises:
         RecipeError, SeedError, CheckpointError: what cannot be served, before anything is written.
     """
+    recipe = recipe.settled(text is not None)
     experts = count_experts(recipe, len(seeds), num_experts)
     first = seeds[0]
     check_recipe(recipe, first.model, experts)
@@ -190,12 +204,14 @@ def plan_merge(
         sources=tuple(SourceCheckpoint(seed.name, seed.folder, seed.tensors) for seed in seeds),
         tensors=tensors,
         config=config,
-        provenance=_provenance(planner, samples, dropped, unused, random_seed),
+        provenance=_provenance(planner, samples, dropped, unused, random_seed)
+        | ({} if text is None else {"router_text": dict(text)}),
         random_seed=random_seed,
         copied=copied_files(first.folder, with_code=is_bam),
         tokenizer_config=_plain_tokenizer_config(first) if is_bam else None,
         layout=layout,
         recipe=recipe,
+        usage=usage,
     )
 
 
@@ -332,7 +348,8 @@ class _Planner:
         if tensor.router:
             router = self.recipe.ffn_router if tensor.router == "ffn" else self.recipe.attention_router
             std = router.std if router.init == "random" else 0.0
-            return PlannedTensor(tensor.name, self.main_dtype, tensor.shape, init=RandomInit(std))
+            init = RandomInit(std, router.init in FROM_TEXT)
+            return PlannedTensor(tensor.name, self.main_dtype, tensor.shape, init=init)
         groups = tuple(self.group(group) for group in tensor.groups)
         names = {piece.tensor for group in tensor.groups for piece in group.pieces}
         dtypes = {self.dtype or self.seeds[0].tensors[name].dtype for name in names}
@@ -344,6 +361,11 @@ class _Planner:
         return PlannedTensor(tensor.name, dtypes.pop(), tensor.shape, groups)
 
     def group(self, group: Group) -> PlannedGroup:
+        if self.recipe.mix[group.pieces[0].role] == USAGE:
+            (piece,) = group.pieces
+            rows, width = self.seeds[0].tensors[piece.tensor].shape
+            sources = tuple(Source(index, piece.tensor, 0, width) for index in range(len(self.seeds)))
+            return PlannedGroup(rows, (Part(width, sources, by_usage=True),))
         parts = []
         for copy in range(group.copies):
             for piece in group.pieces:

@@ -1,7 +1,7 @@
 """Recipes: how each role of a dense model is mixed, read from TOML and strictly checked."""
 
 import tomllib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from importlib import resources
 from pathlib import Path
@@ -22,18 +22,28 @@ ROLES: Final = (
 MAX_RECIPE: Final = 100_000  # bytes
 EXPERTS: Final = "experts"
 MEAN: Final = "mean"
+SOFTNESS: Final = 0.3  # docs/routers.md says what it was chosen by
 WEIGHTED: Final = "weighted"
+USAGE: Final = "usage"
 SEED_PREFIX: Final = "seed:"
+FROM_TEXT: Final = ("fit", "prototypes")
+INITS: Final = ("random", "zeros", *FROM_TEXT)
 
 
 @dataclass(frozen=True)
 class FfnRouter:
-    """Top-k router of the FFN experts; `normalize` rescales the selected gates to sum to 1 (BAM.md, equations)."""
+    """Top-k router of the FFN experts; `normalize` rescales the selected gates to sum to 1 (arXiv:2408.08274, 3).
+
+    Set from text, `softness` multiplies what the text gives, and `keep_scale` multiplies gates that are not rescaled
+    by a number a layer, such that they sum to 1 on average.
+    """
 
     top_k: int = 1
     normalize: bool = False
     init: str = "random"
     std: float = 0.02
+    softness: float = SOFTNESS
+    keep_scale: bool = True
 
 
 @dataclass(frozen=True)
@@ -43,6 +53,7 @@ class AttentionRouter:
     routing: str = "soft"
     init: str = "random"
     std: float = 0.02
+    softness: float = SOFTNESS
 
 
 @dataclass(frozen=True)
@@ -60,8 +71,8 @@ _Section = TypeVar("_Section", FfnRouter, AttentionRouter, Loss)
 class Recipe:
     """How each role is mixed.
 
-    `mix` holds every role of `ROLES`; `weights` the share of each seed, by name, where a role is `weighted`;
-    `copies` means one seed, copied to every expert.
+    `mix` holds every role of `ROLES`; `weights` the share of each seed, by name, where a role is `weighted`; `prompts`
+    text for each seed's expert, by name, where no other is given; `copies` means one seed, copied to every expert.
     """
 
     name: str
@@ -72,6 +83,7 @@ class Recipe:
     example: str = ""
     copies: bool = False
     weights: Mapping[str, float] = field(default_factory=dict)
+    prompts: Mapping[str, Sequence[str]] = field(default_factory=dict)
     ffn_router: FfnRouter = FfnRouter()
     attention_router: AttentionRouter = AttentionRouter()
     loss: Loss = Loss()
@@ -103,12 +115,56 @@ class Recipe:
             result["copies"] = True
         if self.weights:
             result["weights"] = dict(self.weights)
+        if self.prompts:
+            result["prompts"] = {name: list(prompts) for name, prompts in self.prompts.items()}
         if self.ffn_experts:
             result["router"] = {"ffn": asdict(self.ffn_router)}
             if self.attention_experts:
                 result["router"]["attention"] = asdict(self.attention_router)
             result["loss"] = asdict(self.loss)
         return result
+
+    def routers(self) -> dict[str, FfnRouter | AttentionRouter]:
+        """The routers that the mixture will have, by kind."""
+        found: dict[str, FfnRouter | AttentionRouter] = {}
+        if self.ffn_experts:
+            found["ffn"] = self.ffn_router
+        if self.attention_experts:
+            found["attention"] = self.attention_router
+        return found
+
+    def from_text(self) -> dict[str, FfnRouter | AttentionRouter]:
+        """Those of its routers that are initialised from text."""
+        return {kind: router for kind, router in self.routers().items() if router.init in FROM_TEXT}
+
+    def settled(self, has_text: bool) -> "Recipe":
+        """What it means where the merge has text for every expert, or has none.
+
+        With text, random routers are fitted to it, unless the recipe says of another router that text initialises it;
+        without, what is mixed by `usage` is averaged.
+
+        Raises:
+            RecipeError: text without a use, or a router that needs text where there is none.
+        """
+        if not has_text:
+            if self.from_text():
+                kind, router = next(iter(self.from_text().items()))
+                raise RecipeError(
+                    f"recipe '{self.name}': [router.{kind}] init is '{router.init}', which needs text for each expert; "
+                    "give --router-data NAME=FILE …, or [prompts] in the recipe"
+                )
+            return replace(self, mix={role: MEAN if mix == USAGE else mix for role, mix in self.mix.items()})
+        if not self.ffn_experts or self.copies:
+            why = "makes all experts of one seed" if self.copies else "makes no experts"
+            raise RecipeError(f"recipe '{self.name}' {why}, so text cannot tell them apart; leave out --router-data")
+        if self.from_text():
+            return self
+        fitted: dict[str, Any] = {
+            f"{kind}_router": replace(router, init="fit")
+            for kind, router in self.routers().items()
+            if router.init == "random"
+        }
+        return replace(self, **fitted)
 
 
 def builtin_recipes() -> dict[str, Recipe]:
@@ -134,7 +190,7 @@ def parse_recipe(name: str, table: Mapping[str, Any]) -> Recipe:
     """
     where = f"recipe '{name}'"
     scalars = {"summary": str, "paper": str, "needs": str, "example": str, "copies": bool}
-    _check_keys(where, table, (*scalars, "mix", "weights", "router", "loss"))
+    _check_keys(where, table, (*scalars, "mix", "weights", "prompts", "router", "loss"))
     values = {key: _typed(where, key, table[key], kind) for key, kind in scalars.items() if key in table}
     if "summary" not in values:
         raise RecipeError(f"{where}: 'summary' is missing; say in one sentence what the recipe does")
@@ -144,6 +200,7 @@ def parse_recipe(name: str, table: Mapping[str, Any]) -> Recipe:
         name=name,
         mix=_parse_mix(where, _table(where, "mix", table)),
         weights=_parse_weights(where, _table(where, "weights", table)),
+        prompts=_parse_prompts(where, _table(where, "prompts", table)),
         ffn_router=_section(f"{where}, [router.ffn]", FfnRouter(), _table(where, "ffn", routers)),
         attention_router=_section(
             f"{where}, [router.attention]", AttentionRouter(), _table(where, "attention", routers)
@@ -206,8 +263,9 @@ def _parse_mix(where: str, table: Mapping[str, Any]) -> dict[str, str]:
             flat[key] = value
     _check_keys(f"{where}, [mix]", flat, (*ROLES, "default"))
     for role, mix in flat.items():
-        if not isinstance(mix, str) or not (mix in (EXPERTS, MEAN, WEIGHTED) or mix.startswith(SEED_PREFIX)):
-            hint = did_you_mean(str(mix)[:80], (EXPERTS, MEAN, WEIGHTED, "seed:<name>"))
+        ways = (EXPERTS, MEAN, WEIGHTED, USAGE)
+        if not isinstance(mix, str) or not (mix in ways or mix.startswith(SEED_PREFIX)):
+            hint = did_you_mean(str(mix)[:80], (*ways, "seed:<name>"))
             raise RecipeError(f"{where}, [mix]: {role} = {mix!r} is no way to mix{hint}")
     default = flat.get("default", MEAN)
     if default == EXPERTS:
@@ -224,6 +282,7 @@ def _check_used(where: str, mix: Mapping[str, str], sections: set[str]) -> None:
         "router.attention": mix["attention.query"] == EXPERTS,
         "loss": mix["ffn"] == EXPERTS,
         "weights": WEIGHTED in mix.values(),
+        "prompts": mix["ffn"] == EXPERTS,
     }
     for section, used in read.items():
         if section in sections and not used:
@@ -242,12 +301,27 @@ def _parse_weights(where: str, table: Mapping[str, Any]) -> dict[str, float]:
     return weights
 
 
+def _parse_prompts(where: str, table: Mapping[str, Any]) -> dict[str, tuple[str, ...]]:
+    for name, prompts in table.items():
+        if not isinstance(prompts, list) or not prompts or not all(type(one) is str and one.strip() for one in prompts):
+            raise RecipeError(
+                f"{where}, [prompts]: {name} is {str(prompts)[:80]}, expected a list of texts: "
+                '["def f(x):", "import os"]'
+            )
+    return {name: tuple(prompts) for name, prompts in table.items()}
+
+
 def _check_combination(where: str, recipe: Recipe) -> None:
     mix = recipe.mix
     for role in ("norm", "embedding", "head"):
         if mix[role] == EXPERTS:
             raise RecipeError(
                 f"{where}, [mix]: {role} cannot be experts, since no router chooses among its copies; use mean"
+            )
+    for role in ROLES:
+        if mix[role] == USAGE and role not in ("embedding", "head"):
+            raise RecipeError(
+                f"{where}, [mix]: {role} has no row for each token, so it cannot be mixed by usage; use mean"
             )
     if (mix["attention.query"] == EXPERTS) != (mix["attention.output"] == EXPERTS):
         raise RecipeError(f"{where}, [mix]: attention.query and attention.output must both be experts, or neither")
@@ -268,11 +342,15 @@ def _check_combination(where: str, recipe: Recipe) -> None:
     if WEIGHTED in mix.values() and not recipe.weights:
         raise RecipeError(f"{where}: a role is 'weighted' but [weights] is missing; give each seed a share, code = 2")
     for section, router in (("ffn", recipe.ffn_router), ("attention", recipe.attention_router)):
-        if router.init not in ("random", "zeros"):
-            hint = did_you_mean(router.init, ("random", "zeros"))
+        if router.init not in INITS:
+            hint = did_you_mean(router.init, INITS)
             raise RecipeError(f"{where}, [router.{section}]: init is '{router.init}'{hint}")
         if not 0 < router.std < 1:
             raise RecipeError(f"{where}, [router.{section}]: std is {router.std}, expected between 0 and 1")
+        if not 0 < router.softness <= 100:
+            raise RecipeError(
+                f"{where}, [router.{section}]: softness is {router.softness}, expected above 0; 1 is the fit's own"
+            )
     for key, weight in asdict(recipe.loss).items():
         if not 0 <= weight < 1e3:
             raise RecipeError(f"{where}, [loss]: {key} is {weight}, expected 0 or more")

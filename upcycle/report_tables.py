@@ -21,7 +21,7 @@ _ROLE_NAMES: Final = {
     "embedding": "embedding",
     "head": "head",
 }
-_MIX_NAMES: Final = {"experts": "Experts", "mean": "Averaged", "weighted": "Weighted mean"}
+_MIX_NAMES: Final = {"experts": "Experts", "mean": "Averaged", "weighted": "Weighted mean", "usage": "By token"}
 
 
 @dataclass(frozen=True)
@@ -177,7 +177,12 @@ def _router_facts(recipe: Mapping[str, Any]) -> list[tuple[str, str]]:
 
 
 def _init(router: Mapping[str, Any]) -> str:
-    return "starts at zero" if router.get("init") == "zeros" else f"random start (std {clean(router.get('std'))})"
+    starts = {
+        "zeros": "starts at zero",
+        "fit": f"fitted to text (softness {clean(router.get('softness'))})",
+        "prototypes": f"from text, by its means (softness {clean(router.get('softness'))})",
+    }
+    return starts.get(str(router.get("init")), f"random start (std {clean(router.get('std'))})")
 
 
 def _seed_table(source: Source) -> Table:

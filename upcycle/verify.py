@@ -51,6 +51,7 @@ class Verification:
         files, tensors: how many were compared with a checksum; `unsummed` if there are no checksums.
         finite: tensors all of whose numbers are finite.
         remade: tensors that the seeds give to the bit; None without seeds.
+        from_text: tensors that the seeds alone do not give: routers set from text, embeddings mixed by its tokens.
         loaded: whether one forward of the loaded model was finite; None if it was not tried.
         problems: in words, nothing if all is well.
     """
@@ -61,6 +62,7 @@ class Verification:
     unsummed: bool = False
     finite: int = 0
     remade: int | None = None
+    from_text: int = 0
     loaded: bool | None = None
     problems: list[str] = field(default_factory=list)
     seconds: float = 0.0
@@ -175,10 +177,17 @@ def _remake(found: Verification, tensors: Mapping[str, TensorInfo], seeds: Seque
             return None
         kinds = sorted({info.dtype for info in tensors.values()})
         count = len(record["experts"]) if recipe.copies else None
+        text = record.get("router_text")
         for wanted in (None, *kinds):
             with suppress(UpcycleError):
                 plan = plan_merge(
-                    recipe, read, dtype=wanted, num_experts=count, random_seed=random_seed, allow_unrelated=True
+                    recipe,
+                    read,
+                    dtype=wanted,
+                    num_experts=count,
+                    random_seed=random_seed,
+                    allow_unrelated=True,
+                    text=text,
                 )
                 if plan.digest() == record["plan"]:
                     return plan
@@ -205,7 +214,7 @@ def _check_tensors(
         found.problems.append(f"{found.folder}: tensor '{name}' is missing")
     found.remade = None if plan is None else 0
     with ExitStack() as stack:
-        made = _made_by(plan, stack) if plan else {}
+        made = _made_by(plan, stack, "routers" in read_json(found.folder / PROVENANCE)) if plan else {}
         for name, info in tensors.items():
             with _noting(found):
                 total, finite, same = _read(info, made.get(name), progress)
@@ -216,20 +225,26 @@ def _check_tensors(
                 found.finite += finite
                 if not finite:
                     found.problems.append(f"{info.file}: tensor '{name}' holds numbers that are not finite")
-                if plan:
+                if plan and name not in made:
+                    found.from_text += 1
+                elif plan:
                     found.remade = (found.remade or 0) + same
                     if not same:
                         found.problems.append(f"{info.file}: tensor '{name}' is not what the seeds give")
 
 
-def _made_by(plan: MergePlan, stack: ExitStack) -> "dict[str, _Stream]":
-    """The bytes of each tensor as a merge would write them, made when they are asked for."""
+def _made_by(plan: MergePlan, stack: ExitStack, routers_from_text: bool) -> "dict[str, _Stream]":
+    """The bytes of each tensor that the seeds alone give, as a merge would write them, made when they are asked for."""
     reader, buffers = Reader(plan, stack), Buffers()
 
     def made(tensor: PlannedTensor) -> _Stream:
         return _Stream(job(buffers) for job in jobs(plan, reader, tensor))
 
-    return {tensor.name: made(tensor) for tensor in plan.tensors}
+    def needs_text(tensor: PlannedTensor) -> bool:
+        by_usage = any(part.by_usage for group in tensor.groups for part in group.parts)
+        return by_usage or (tensor.init is not None and routers_from_text)
+
+    return {tensor.name: made(tensor) for tensor in plan.tensors if not needs_text(tensor)}
 
 
 def _read(info: TensorInfo, made: "_Stream | None", progress: Callable[[int], None]) -> tuple[TensorSum, bool, bool]:

@@ -192,7 +192,7 @@ def write_weights(model: Any, source: Path, out: Path, *, writes: bool = True) -
     shapes = {
         name: tuple(tensor.shape)
         for group in _groups(entries)
-        for name, tensor in _as_stored(model, {key: _meta(entries[key]) for key in group}).items()
+        for name, tensor in as_stored(model, {key: _meta(entries[key]) for key in group}).items()
     }
     _check_names(model, source, stored, shapes)
     names = [name for name in stored if name in shapes]
@@ -206,10 +206,10 @@ def write_weights(model: Any, source: Path, out: Path, *, writes: bool = True) -
             os.pwrite(handles[out / shard.name], shard.header, 0)
         for group in _groups(entries):
             whole = {key: _gather(entries[key], writes) for key in group}
-            for name, tensor in _as_stored(model, whole).items() if writes else ():
+            for name, tensor in as_stored(model, whole).items() if writes else ():
                 if name in place:
                     file, offset = place[name]
-                    sums[name] = _write(handles[file], offset, tensor, stored[name].dtype)
+                    sums[name] = write_tensor(handles[file], offset, tensor, stored[name].dtype)
         for handle in handles.values():
             os.fsync(handle)
     finally:
@@ -283,7 +283,7 @@ def _gather(entry: Any, wanted: bool) -> torch.Tensor:
     return tensor.cpu()
 
 
-def _as_stored(model: Any, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+def as_stored(model: Any, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Tensors of one layer under the names and in the shapes of the published format (Mixtral's `experts.3.w1`)."""
     from transformers.core_model_loading import revert_weight_conversion
 
@@ -303,7 +303,7 @@ def _check_names(model: Any, source: Path, stored: Mapping[str, Any], shapes: Ma
             )
 
 
-def _write(handle: int, offset: int, tensor: torch.Tensor, dtype: str) -> list[str]:
+def write_tensor(handle: int, offset: int, tensor: torch.Tensor, dtype: str) -> list[str]:
     """Write a tensor at its place; its checksums."""
     if dtype not in TORCH_NAMES:
         raise SeedError(f"dtype {dtype} cannot be trained; expected one of {', '.join(TORCH_NAMES)}")

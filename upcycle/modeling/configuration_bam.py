@@ -27,6 +27,9 @@ class BamConfig(PretrainedConfig):
         num_experts: N, FFN experts and (with `attention_experts`) attention experts in every layer.
         num_experts_per_tok: k, FFN experts a token uses.
         norm_topk_prob: rescale the selected gates to sum to 1; the paper does not.
+        ffn_scale: one number a layer, by which the FFN's gates are multiplied, or None. Soft gates that are not
+            rescaled make an FFN quieter than the seeds'; this makes up for it, on average over the text that set the
+            routers.
         attention_experts: attention is a soft mixture of N attention experts, else one dense attention.
         shared_key_value: the attention experts share keys and values.
         router_aux_loss_coef: weight of the load-balance loss.
@@ -47,6 +50,7 @@ class BamConfig(PretrainedConfig):
         expert_names: list[str] | None = None,
         num_experts_per_tok: int = 1,
         norm_topk_prob: bool = False,
+        ffn_scale: list[float] | None = None,
         attention_experts: bool = True,
         shared_key_value: bool = False,
         router_aux_loss_coef: float = 0.01,
@@ -71,6 +75,7 @@ class BamConfig(PretrainedConfig):
         self.expert_names = expert_names or [str(expert) for expert in range(num_experts)]
         self.num_experts_per_tok = num_experts_per_tok
         self.norm_topk_prob = norm_topk_prob
+        self.ffn_scale = ffn_scale
         self.attention_experts = attention_experts
         self.shared_key_value = shared_key_value
         self.router_aux_loss_coef = router_aux_loss_coef
@@ -93,4 +98,5 @@ class BamConfig(PretrainedConfig):
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data; what follows from `dense_config` alone is left out."""
-        return {key: value for key, value in super().to_dict().items() if key != "dense_key_value_heads"}
+        derived = {"dense_key_value_heads"} | ({"ffn_scale"} if self.ffn_scale is None else set())
+        return {key: value for key, value in super().to_dict().items() if key not in derived}

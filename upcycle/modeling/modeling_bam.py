@@ -85,9 +85,12 @@ class BamExperts(nn.Module):
 
 
 class BamFeedForward(nn.Module):
-    """Routed FFN experts: y = sum over the top k of p_i(x) FFN_i(x), p = softmax(W_r x) (arXiv:2408.08274, 3)."""
+    """Routed FFN experts: y = sum over the top k of p_i(x) FFN_i(x), p = softmax(W_r x) (arXiv:2408.08274, 3).
 
-    def __init__(self, config: BamConfig, mlp: nn.Module):
+    Where the config has an `ffn_scale`, y is multiplied by the layer's.
+    """
+
+    def __init__(self, config: BamConfig, mlp: nn.Module, layer: int):
         super().__init__()
         self.top_k = config.num_experts_per_tok
         self.normalize = config.norm_topk_prob
@@ -99,6 +102,12 @@ class BamFeedForward(nn.Module):
         experts.has_gate, experts.has_bias = gated, bias
         self.experts = experts
         self.collected: list[torch.Tensor] | None = None
+        self.start = None if config.ffn_scale is None else float(config.ffn_scale[layer])
+        self.scale: torch.Tensor | None
+        # A buffer and not a number, so that all layers look alike to a compiler.
+        self.register_buffer(
+            "scale", None if self.start is None else torch.tensor(self.start, dtype=torch.float32), persistent=False
+        )
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """Mix `[..., D]`; the router's logits `[T, N]` go to `collected` while somebody collects."""
@@ -109,6 +118,8 @@ class BamFeedForward(nn.Module):
         gates, experts = _softmax(logits).topk(self.top_k, dim=-1)
         if self.normalize:
             gates = gates / gates.sum(-1, keepdim=True)
+        if self.scale is not None:
+            gates = gates * self.scale
         mixed = self.experts(tokens, experts, gates.to(tokens.dtype)).reshape(hidden_states.shape)
         return nn.functional.dropout(mixed, self.dropout, self.training) if self.dropout else mixed
 
@@ -192,10 +203,10 @@ class WideConfig:
 
 def widen(dense: Any, config: BamConfig) -> None:
     """Turn a family's own model into the mixture, in place."""
-    for layer in dense.base_model.layers:
+    for number, layer in enumerate(dense.base_model.layers):
         if config.attention_experts:
             _widen_attention(getattr(layer, config.dense_layout["attention"]), dense.config, config)
-        layer.mlp = BamFeedForward(config, layer.mlp)
+        layer.mlp = BamFeedForward(config, layer.mlp, number)
 
 
 def _widen_attention(attention: Any, dense_config: Any, config: BamConfig) -> None:
@@ -294,6 +305,8 @@ class BamPreTrainedModel(PreTrainedModel):
         super().initialize_weights()
         std = getattr(self.config, "initializer_range", None) or 0.02
         for module in self.modules():
+            if isinstance(module, BamFeedForward) and module.scale is not None:
+                init.constant_(module.scale, module.start)  # a model loaded through the meta device has lost it
             if isinstance(module, (BamExperts, GatedOutput)):
                 for name, parameter in module.named_parameters(recurse=False):
                     if name.endswith("bias"):

@@ -1,0 +1,241 @@
+"""Routers of checkpoints set from text: in a merge, in a copy of a mixture, in transformers' own."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, MixtralForCausalLM
+
+from tests.conftest import run_cli
+from tests.test_routers import texts
+from tests.tiny import VOCAB, mixtral_config
+from upcycle.checksums import read_sums
+from upcycle.errors import OutputError, RecipeError
+from upcycle.merge import merge
+from upcycle.plan import plan_merge
+from upcycle.recipe import load_recipe, parse_recipe
+from upcycle.router_checkpoint import init_routers, router_settings, set_checkpoint_routers
+from upcycle.router_text import RouterText
+from upcycle.seeds import read_seeds
+from upcycle.staging import partial_folder
+from upcycle.training_settings import read_facts
+from upcycle.verify import verify
+
+NAMES = ("code", "law", "math")
+
+
+def text_for(names: tuple[str, ...] = NAMES) -> RouterText:
+    return RouterText(list(names), texts().windows)
+
+
+def merged_with_text(seeds: list[Path], out: Path, recipe: str = "bam", *overrides: str) -> Any:
+    text = text_for()
+    plan = plan_merge(
+        load_recipe(recipe, overrides), read_seeds([str(s) for s in seeds]), text=text.record(), usage=text.usage(VOCAB)
+    )
+    merge(plan, out, finish=lambda folder: set_checkpoint_routers(folder, text, plan.recipe.from_text())[1])
+    return plan
+
+
+@pytest.fixture
+def files(tmp_path: Path) -> list[str]:
+    """The same text as words for the command line."""
+    for name, windows in zip(NAMES, texts().windows, strict=True):
+        np.save(tmp_path / f"{name}-text.npy", windows.astype(np.uint16))
+    return [f"{name}={tmp_path / f'{name}-text.npy'}" for name in NAMES]
+
+
+@pytest.mark.parametrize("recipe", ["bam", "bam-kv-shared", "btx", "btx-top1"])
+def test_a_merge_with_text_is_whole_and_proven(recipe: str, seeds: list[Path], tmp_path: Path) -> None:
+    merged_with_text(seeds, tmp_path / "out", recipe)
+    found = verify(tmp_path / "out", [str(seed) for seed in seeds], load=True)
+    assert found.problems == []
+    routers = 2 if recipe.startswith("btx") else 4
+    assert found.from_text == routers + 2  # embedding and head are weighted by the text
+    assert found.remade == found.tensors - found.from_text
+    record = json.loads((tmp_path / "out" / "upcycle.json").read_text())
+    assert record["router_text"] == text_for().record()
+    assert set(record["routers"]) == {"text", "ffn"} | (set() if recipe.startswith("btx") else {"attention"})
+    assert min(record["routers"]["ffn"]["accuracy"]) > 0.6  # of 1/3 by chance
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert ("ffn_scale" in config) == (recipe != "btx")  # whose gates are rescaled anyway
+
+
+def test_the_scale_survives_loading_saving_and_training_code(seeds: list[Path], tmp_path: Path) -> None:
+    merged_with_text(seeds, tmp_path / "out")
+    wanted = json.loads((tmp_path / "out" / "config.json").read_text())["ffn_scale"]
+    assert all(scale > 1.05 for scale in wanted)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out", trust_remote_code=True)
+    model.save_pretrained(tmp_path / "again")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "again", dtype=torch.float32)
+    for loaded in (model, again):
+        assert [float(layer.mlp.scale) for layer in loaded.dense.model.layers] == pytest.approx(wanted, rel=1e-6)
+    quiet = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
+    tokens = torch.arange(3, 20)[None]
+    with torch.no_grad():
+        assert torch.equal(quiet(tokens).logits, again(tokens).logits)
+        for layer in quiet.dense.model.layers:
+            layer.mlp.scale.fill_(1.0)
+        assert not torch.allclose(quiet(tokens).logits, again(tokens).logits, atol=1e-3)
+
+
+def test_embeddings_are_weighted_by_what_each_text_has(seeds: list[Path], tmp_path: Path) -> None:
+    plan = merged_with_text(seeds, tmp_path / "out")
+    tensors = load_file(tmp_path / "out" / "model.safetensors")
+    shares = torch.from_numpy(plan.usage)
+    for name in ("model.embed_tokens.weight", "lm_head.weight"):
+        own = torch.stack([load_file(seed / "model.safetensors")[name].double() for seed in seeds])
+        expected = torch.einsum("vn,nvd->vd", shares, own)
+        torch.testing.assert_close(tensors[f"dense.{name}"].double(), expected, rtol=2**-8, atol=1e-6)
+        assert not torch.allclose(tensors[f"dense.{name}"].double(), own.mean(0), rtol=2**-8, atol=1e-6)
+
+
+def test_the_same_text_gives_the_same_bytes(seeds: list[Path], tmp_path: Path) -> None:
+    for name in ("one", "two"):
+        merged_with_text(seeds, tmp_path / name)
+    for file in (tmp_path / "one").iterdir():
+        assert file.read_bytes() == (tmp_path / "two" / file.name).read_bytes(), file.name
+
+
+@pytest.mark.parametrize("failure", [KeyboardInterrupt, RuntimeError])
+def test_what_is_interrupted_while_routers_are_set_leaves_nothing_that_looks_finished(
+    failure: type[BaseException], seeds: list[Path], tmp_path: Path
+) -> None:
+    text, out = text_for(), tmp_path / "out"
+    plan = plan_merge(
+        load_recipe("bam"), read_seeds([str(s) for s in seeds]), text=text.record(), usage=text.usage(VOCAB)
+    )
+
+    def half(folder: Path) -> Any:
+        changed = set_checkpoint_routers(folder, text, plan.recipe.from_text())[1]
+        raise failure(str(changed))
+
+    with pytest.raises(failure):
+        merge(plan, out, finish=half)
+    assert not out.exists()
+    assert partial_folder(out).exists() == (failure is KeyboardInterrupt)
+    merge(plan, out, finish=lambda folder: set_checkpoint_routers(folder, text, plan.recipe.from_text())[1])
+    merged_with_text(seeds, tmp_path / "whole")
+    for file in out.iterdir():
+        assert file.read_bytes() == (tmp_path / "whole" / file.name).read_bytes(), file.name
+
+
+def test_a_finished_mixture_gets_routers_in_a_copy(seeds: list[Path], tmp_path: Path) -> None:
+    merge(plan_merge(load_recipe("bam"), read_seeds([str(seed) for seed in seeds])), tmp_path / "random")
+    before = {file.name: file.read_bytes() for file in (tmp_path / "random").iterdir()}
+    settings = router_settings(read_facts(tmp_path / "random"), "fit")
+    result = init_routers(tmp_path / "random", tmp_path / "out", text_for(), settings)
+    assert {file.name: file.read_bytes() for file in (tmp_path / "random").iterdir()} == before
+    assert min(result.accuracy["attention"]) > 0.6  # of 1/3 by chance
+    found = verify(tmp_path / "out", [str(seed) for seed in seeds], load=True)
+    assert (found.problems, found.from_text) == ([], 4)
+    tensors, old = (load_file(tmp_path / name / "model.safetensors") for name in ("out", "random"))
+    assert {name for name in tensors if not torch.equal(tensors[name], old[name])} == {
+        name for name in tensors if "router" in name
+    }
+    assert "routers are untrained" in (tmp_path / "random" / "README.md").read_text()
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "routers are untrained" not in card
+    assert "Its routers are set from text" in card
+    assert "of the time in the attention and" in card
+    with pytest.raises(OutputError, match="exists"):
+        init_routers(tmp_path / "random", tmp_path / "out", text_for(), settings)
+
+
+def test_one_of_transformers_own_mixtures_gets_routers_too(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    MixtralForCausalLM(mixtral_config()).to(torch.bfloat16).save_pretrained(tmp_path / "mixtral")
+    text = RouterText(list("0123"), [*texts().windows, texts().windows[0] % 7 + 3])
+    settings = router_settings(read_facts(tmp_path / "mixtral"), "prototypes")
+    init_routers(tmp_path / "mixtral", tmp_path / "out", text, settings)
+    tensors, old = (load_file(tmp_path / name / "model.safetensors") for name in ("out", "mixtral"))
+    changed = {name for name in tensors if not torch.equal(tensors[name], old[name])}
+    assert changed == {f"model.layers.{layer}.block_sparse_moe.gate.weight" for layer in (0, 1)}
+    assert read_sums(tmp_path / "out") is None  # as it had none before
+    AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+
+
+def test_text_has_no_use_where_nothing_is_routed(seeds: list[Path]) -> None:
+    text = text_for().record()
+    read = read_seeds([str(seed) for seed in seeds])
+    with pytest.raises(RecipeError, match="makes no experts"):
+        plan_merge(load_recipe("average"), read, text=text)
+    with pytest.raises(RecipeError, match="all experts of one seed"):
+        plan_merge(load_recipe("sparse-upcycling"), read[:1], num_experts=2, text=text)
+
+
+def test_what_the_recipe_says_of_routers_holds(seeds: list[Path]) -> None:
+    read, text = read_seeds([str(seed) for seed in seeds]), text_for().record()
+    one = plan_merge(load_recipe("bam", ["router.ffn.init=prototypes"]), read, text=text).recipe
+    assert (one.ffn_router.init, one.attention_router.init) == ("prototypes", "random")
+    zeros = plan_merge(load_recipe("bam", ["router.attention.init=zeros"]), read, text=text).recipe
+    assert (zeros.ffn_router.init, zeros.attention_router.init) == ("fit", "zeros")
+    plain = plan_merge(load_recipe("bam"), read)
+    assert plain.recipe.mix["embedding"] == "mean"
+    with pytest.raises(RecipeError, match="init is 'fit', which needs text"):
+        plan_merge(load_recipe("bam", ["router.ffn.init=fit"]), read)
+
+
+def test_recipes_say_what_is_wrong_with_them() -> None:
+    bam = {"summary": "x", "mix": {"ffn": "experts"}}
+    for table, message in (
+        ({**bam, "router": {"ffn": {"init": "fitt"}}}, "did you mean 'fit'"),
+        ({**bam, "router": {"ffn": {"softness": 0}}}, "softness is"),
+        ({**bam, "prompts": {"code": "def"}}, "expected a list of texts"),
+        ({"summary": "x", "prompts": {"code": ["def"]}}, "has no effect"),
+        ({**bam, "mix": {"ffn": "experts", "norm": "usage"}}, "norm has no row for each token"),
+    ):
+        with pytest.raises(RecipeError, match=message):
+            parse_recipe("x", table)
+
+
+def test_the_command_line_merges_with_text(seeds: list[Path], files: list[str], tmp_path: Path) -> None:
+    words = ["--seeds", *seeds, "--recipe", "bam", "--router-data", *files]
+    done = run_cli("merge", *words, "--out", tmp_path / "out", "--json")
+    assert done.returncode == 0, done.stderr
+    assert min(json.loads(done.stdout)["router_accuracy"]["ffn"]) > 0.6  # of 1/3 by chance
+    for wrong, message in (
+        (files[:2], "gives expert 'math' no text"),
+        ([*files, "prose=x.npy"], "there is no expert 'prose'"),
+        ([*files[:2], "math=nowhere.npy"], "there is no such file"),
+    ):
+        done = run_cli("merge", *words[:6], "--router-data", *wrong, "--out", tmp_path / "wrong")
+        assert (done.returncode, done.stdout) == (1, "")
+        assert message in done.stderr
+        assert not (tmp_path / "wrong").exists()
+    shown = run_cli("merge", *words, "--out", tmp_path / "dry", "--dry-run")
+    assert shown.returncode == 0
+    assert not (tmp_path / "dry").exists()
+
+
+def test_prompts_in_a_recipe_are_text(seeds: list[Path], tmp_path: Path) -> None:
+    prompts = "\n".join(
+        f"{name} = {json.dumps([' '.join(f'word{3 + 31 * n + i}' for i in range(30))])}" for n, name in enumerate(NAMES)
+    )
+    (tmp_path / "mine.toml").write_text(f'summary = "x"\n[mix]\nffn = "experts"\n[prompts]\n{prompts}\n')
+    done = run_cli("merge", "--seeds", *seeds, "--recipe", tmp_path / "mine.toml", "--out", tmp_path / "out")
+    assert done.returncode == 0, done.stderr
+    assert "Its routers are set from text" in done.stdout
+    assert run_cli("plan", "--seeds", *seeds, "--recipe", tmp_path / "mine.toml").returncode == 0
+
+
+def test_the_command_line_sets_routers_of_a_mixture(seeds: list[Path], files: list[str], tmp_path: Path) -> None:
+    merge(plan_merge(load_recipe("btx"), read_seeds([str(seed) for seed in seeds])), tmp_path / "btx")
+    done = run_cli("routers", tmp_path / "btx", "--data", *files, "--out", tmp_path / "out")
+    assert done.returncode == 0, done.stderr
+    assert "tokens of held-back text that find their own expert: ffn" in done.stdout
+    done = run_cli("routers", tmp_path / "btx", "--data", *files, "--out", tmp_path / "x", "--only", "attention")
+    assert (done.returncode, done.stdout) == (1, "")
+    assert "no attention routers" in done.stderr
+    done = run_cli("routers", seeds[0], "--data", *files, "--out", tmp_path / "x")
+    assert done.returncode == 1
+    assert "the model is dense" in done.stderr
+    shutil.copytree(tmp_path / "out", tmp_path / "there")
+    done = run_cli("routers", tmp_path / "btx", "--data", *files, "--out", tmp_path / "there", "--json", "--yes")
+    assert done.returncode == 0, done.stderr
+    assert set(json.loads(done.stdout)) == {"out", "router_accuracy", "seconds"}

@@ -1,0 +1,172 @@
+"""Routers from text: each learns to tell, from its own input, which expert's text a token comes from.
+
+A router's logits are `W x`, without a bias. "fit" takes the W of the multinomial logistic regression of the expert on
+the router's true input, every expert's text counting alike, with a small ridge; "prototypes" takes the differences of
+the experts' mean inputs from their mean, over the variance within an expert (the linear discriminant of classes with
+one isotropic covariance): closed form, as good where classes lie like that. Either W is then multiplied by `softness`:
+below 1 gates are softer than the regression believes, so that experts also learn from each other's text.
+
+Axes: T tokens, N experts, D hidden.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Final
+
+import torch
+
+from upcycle.expert_modules import ffn_scales
+from upcycle.layerwise import Router, set_layer_by_layer
+from upcycle.recipe import AttentionRouter, FfnRouter
+from upcycle.router_text import RouterText
+
+RIDGE: Final = 1e-3  # times |W|^2, for inputs of mean square 1: keeps W finite where experts' texts are separable
+ITERATIONS: Final = 50  # of L-BFGS, at most
+HELD_BACK: Final = 8  # every eighth window of a text is not fitted to, but tells how good the fit is
+BATCH_TOKENS: Final = 8192  # a forward
+BARELY: Final = 1.1  # times chance, below which a router is said to have learned nothing
+COINCIDE: Final = 4.0  # two means closer than so many times what chance puts between them are taken for one
+
+
+@dataclass(frozen=True)
+class RouterFit:
+    """One router that was set, and how well it tells the experts' texts apart.
+
+    Attributes:
+        accuracy: share of the held-back tokens whose largest gate is their own expert's, every expert's text counting
+            alike.
+        alike: pairs of experts whose mean inputs differ no more than chance would have it.
+    """
+
+    router: Router
+    accuracy: float
+    alike: Sequence[tuple[int, int]]
+
+    def warnings(self, experts: Sequence[str]) -> list[str]:
+        """What is wrong with it, in sentences."""
+        where, chance = self.router.where, 1 / len(experts)
+        found = [
+            f"{where}: the texts of '{experts[a]}' and '{experts[b]}' look the same to it, so it cannot tell these "
+            "experts apart"
+            for a, b in self.alike
+        ]
+        if self.accuracy < BARELY * chance:
+            found.append(
+                f"{where}: {self.accuracy:.0%} of the tokens find their own expert, hardly more than by chance "
+                f"({chance:.0%})"
+            )
+        return found
+
+
+def set_routers(
+    model: Any,
+    text: RouterText,
+    settings: Mapping[str, FfnRouter | AttentionRouter],
+    *,
+    dtype: torch.dtype,
+    progress: Callable[[int], None] = lambda _: None,
+) -> list[RouterFit]:
+    """Set those routers of a model that `settings` names, one pass over the text in all.
+
+    Where the model's FFN layers have a scale (`ffn_scale` of a BAM mixture), it is set with their router.
+
+    Args:
+        model: a BAM mixture or one of transformers' own, on its device.
+        settings: for "ffn", "attention" or both, how: `init` "fit" or "prototypes", and `softness`.
+        dtype: of the checkpoint, to which weights are rounded before later layers see them.
+        progress: called with the number of tokens that have passed one layer.
+
+    Raises:
+        CheckpointError: an architecture whose routers upcycle cannot set.
+    """
+    device = next(model.parameters()).device
+    windows = torch.cat([torch.from_numpy(one) for one in text.windows]).to(device)
+    length = windows.shape[1]
+    enough = all(len(one) >= HELD_BACK for one in text.windows)
+    expert, measured = [], []
+    for number, one in enumerate(text.windows):
+        expert.append(torch.full((len(one),), number))
+        measured.append(torch.arange(len(one)) % HELD_BACK == HELD_BACK - 1)
+    labels = torch.cat(expert).to(device).repeat_interleave(length)
+    held_back = torch.cat(measured).to(device).repeat_interleave(length)
+    fitted = ~held_back if enough else torch.ones_like(held_back)
+    held_back = held_back if enough else fitted
+    scales = ffn_scales(model)
+    fits: list[RouterFit] = []
+
+    def set_router(router: Router, inputs: torch.Tensor) -> None:
+        setting = settings.get(router.kind)
+        if setting is None:
+            return
+        known, answers = inputs[fitted].float(), labels[fitted]
+        weight = {"fit": logistic, "prototypes": prototypes}[setting.init](known, answers, len(text.experts))
+        router.module.weight.copy_((setting.softness * weight).to(dtype))
+        gates = torch.nn.functional.linear(inputs, router.module.weight)[held_back].softmax(-1, dtype=torch.float32)
+        right = gates.argmax(-1) == labels[held_back]
+        shares = [right[labels[held_back] == number].float().mean() for number in range(len(text.experts))]
+        if isinstance(setting, FfnRouter) and router.layer in scales:
+            scale = scales[router.layer]
+            scale.fill_(1 / gates.topk(setting.top_k, dim=-1).values.sum(-1).mean())
+        alike = coinciding(known, answers, len(text.experts))
+        fits.append(RouterFit(router, float(torch.stack(shares).mean()), alike))
+
+    model.eval()
+    set_layer_by_layer(model, windows, set_router, batch=max(1, BATCH_TOKENS // length), progress=progress)
+    return fits
+
+
+def logistic(inputs: torch.Tensor, labels: torch.Tensor, experts: int) -> torch.Tensor:
+    """The W of a multinomial logistic regression of `labels [T]` on `inputs [T, D]`: `[N, D]`, all experts alike.
+
+    The minimum of the mean over experts of their tokens' cross-entropy + `RIDGE` |W|^2, for inputs of mean square 1. It
+    is convex and found in coordinates in which the inputs are uncorrelated, where L-BFGS needs a few steps.
+    """
+    counts = torch.bincount(labels, minlength=experts).clamp(min=1)
+    shares = (1 / (experts * counts.float()))[labels]
+    size = inputs.square().mean().sqrt().clamp(min=1e-12)
+    known = inputs / size
+    products = (known * shares[:, None]).T @ known
+    ridge = RIDGE * torch.eye(len(products), device=products.device)
+    factor = torch.linalg.cholesky((products + ridge).double()).float()  # products + ridge = factor factor^T
+
+    def weight(free: torch.Tensor) -> torch.Tensor:
+        solved: torch.Tensor = torch.linalg.solve_triangular(factor.T, free.T, upper=True)
+        return solved.T
+
+    free = torch.zeros(experts, inputs.shape[-1], device=inputs.device, requires_grad=True)
+    optimizer = torch.optim.LBFGS([free], max_iter=ITERATIONS, tolerance_change=1e-7, line_search_fn="strong_wolfe")
+
+    def loss() -> torch.Tensor:
+        optimizer.zero_grad()
+        current = weight(free)
+        entropies = torch.nn.functional.cross_entropy(known @ current.T, labels, reduction="none")
+        value = (shares * entropies).sum() + RIDGE * current.square().sum()
+        value.backward()  # type: ignore[no-untyped-call]
+        return value.detach()
+
+    with torch.enable_grad():
+        optimizer.step(loss)  # type: ignore[no-untyped-call]
+    return weight(free.detach()) / size
+
+
+def prototypes(inputs: torch.Tensor, labels: torch.Tensor, experts: int) -> torch.Tensor:
+    """`[N, D]`: (m_i - mean of all m) / s^2, m_i an expert's mean input, s^2 the variance of a dimension around it."""
+    means, variance = _means(inputs, labels, experts)
+    return (means - means.mean(0)) / variance.mean().clamp(min=1e-12)
+
+
+def coinciding(inputs: torch.Tensor, labels: torch.Tensor, experts: int) -> list[tuple[int, int]]:
+    """Pairs of experts whose mean inputs lie no further apart than chance puts the means of so many tokens."""
+    means, variance = _means(inputs, labels, experts)
+    counts = torch.bincount(labels, minlength=experts).clamp(min=1)
+    by_chance = variance.sum() * (1 / counts[:, None] + 1 / counts)
+    near = torch.cdist(means, means).square() < COINCIDE * by_chance
+    return [(a, b) for a in range(experts) for b in range(a + 1, experts) if near[a, b]]
+
+
+def _means(inputs: torch.Tensor, labels: torch.Tensor, experts: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Each expert's mean input `[N, D]`, and every dimension's variance around it `[D]`, all experts alike."""
+    groups = [inputs[labels == expert] for expert in range(experts)]
+    means = torch.stack([group.mean(0) for group in groups])
+    variances = [(group - mean).square().mean(0) for group, mean in zip(groups, means, strict=True)]
+    return means, torch.stack(variances).mean(0)
