@@ -5,7 +5,8 @@
 FOLDER holds `DOMAIN.train.jsonl` and `DOMAIN.heldout.jsonl` (by default the repository's own small text); the domain
 `docs` has no specialist, there the seed is the expert. OUT gets `tokens/`, `heldout/`, dense checkpoints `seed`, one a
 specialist and `general` (the seed trained on as long as a specialist, on every domain), and the same with parallel
-blocks (Cohere2) under `parallel/`. About half an hour on two cores; what is there is not made again.
+blocks (Cohere2) under `parallel/`; with `--hard-rate 1e-2` also specialists under `hard/` that were trained at that
+rate, so that they forgot much of the rest. About half an hour on two cores; what is there is not made again.
 """
 
 import argparse
@@ -32,15 +33,20 @@ def main() -> None:
     parser.add_argument("--specialists", nargs="+", default=list(demo.SPECIALISTS))
     parser.add_argument("--seed-steps", type=int, default=SETTINGS.seed_steps)
     parser.add_argument("--specialist-steps", type=int, default=SETTINGS.specialist_steps)
+    parser.add_argument("--hard-rate", type=float)
     options = parser.parse_args()
     settings = replace(SETTINGS, seed_steps=options.seed_steps, specialist_steps=options.specialist_steps)
     domains = ("docs", *options.specialists)
     text = {split: demo.read_text(options.text, split, domains) for split in ("train", "heldout")}
-    for family, folder in (("llama", options.out), ("cohere2", options.out / "parallel")):
+    sets = [("llama", options.out, settings), ("cohere2", options.out / "parallel", settings)]
+    if options.hard_rate:
+        hard = replace(settings, specialist_learning_rate=options.hard_rate)
+        sets.append(("llama", options.out / "hard", hard))
+    for family, folder, settings in sets:
         key = demo.training_key(family, settings, text["train"])
         folder.mkdir(parents=True, exist_ok=True)
         tokenizer = demo.make_tokenizer(folder / "tokenizer", key, text["train"], settings)
-        if family == "llama":
+        if folder == options.out:
             write_tokens(options.out, tokenizer, text, settings.context)
         with ProcessPoolExecutor(demo.WORKERS, get_context("spawn"), initializer=demo.prepare_worker) as pool:
             for stage in demo.trainings(folder, key, family, tokenizer, text["train"], settings, general=True):

@@ -8,9 +8,9 @@ from upcycle.schedules import (
     MEASURED_RATES,
     default_batch_size,
     default_learning_rate,
+    default_warm_up,
     rate_cap,
     schedule,
-    warm_up_steps,
 )
 
 
@@ -53,7 +53,15 @@ def test_no_warm_up() -> None:
 
 
 def test_warm_up_is_a_tenth_up_to_the_papers_1500() -> None:
-    assert [warm_up_steps(steps) for steps in (1, 120, 15_000, 100_000)] == [1, 12, 1500, 1500]
+    assert [default_warm_up(steps, False).value for steps in (1, 120, 15_000, 100_000)] == [1, 12, 1500, 1500]
+    assert [default_warm_up(steps, True).value for steps in (1, 160, 15_000)] == [1, 40, 1500]
+
+
+def test_routers_that_were_set_from_text_are_trained_more_gently():
+    plain, routed = (default_learning_rate(2_900_000, 327_680, routed) for routed in (False, True))
+    assert routed.value == pytest.approx(0.7 * plain.value)
+    assert plain.reason in routed.reason
+    assert "set from text" in routed.reason
 
 
 def test_the_cap_goes_through_what_was_measured() -> None:

@@ -6,6 +6,8 @@ from typing import Final
 
 FINAL_SHARE: Final = 0.1  # of the peak, at the end of a cosine (arXiv:2408.08274)
 WARM_UP_SHARE: Final = 0.1  # of all steps
+ROUTED_WARM_UP_SHARE: Final = 0.25  # where routers were set from text: docs/routers.md, what keeps what the merge gave
+ROUTED_RATE_SHARE: Final = 0.7  # of the default rate, there too
 MAX_WARM_UP: Final = 1500  # steps (arXiv:2408.08274, the small model)
 DECAY_SHARE: Final = 0.1  # the last part of wsd and power, down to 0 (arXiv:2408.13359)
 POWER: Final = (4.6, -0.51)  # a and b of arXiv:2408.13359, for a batch counted in sequences of 4096 tokens
@@ -39,17 +41,23 @@ def schedule(kind: str, step: int, steps: int, warm_up: int, peak: float, batch_
     return peak * rise * fall
 
 
-def warm_up_steps(steps: int) -> int:
-    """A tenth of the steps, at most as many as the paper's small model had."""
-    return min(MAX_WARM_UP, math.ceil(WARM_UP_SHARE * steps))
-
-
 @dataclass(frozen=True)
 class Choice:
     """A default value and why it is that."""
 
     value: float
     reason: str
+
+
+def default_warm_up(steps: int, routed: bool) -> Choice:
+    """A tenth of the steps, at most as many as the paper's small model had; a quarter where routers work already.
+
+    Args:
+        routed: whether the model's routers were set from text.
+    """
+    share = ROUTED_WARM_UP_SHARE if routed else WARM_UP_SHARE
+    why = "routers were set from text, and a slow rise keeps what they give" if routed else "arXiv:2408.08274's at most"
+    return Choice(min(MAX_WARM_UP, math.ceil(share * steps)), f"{share:.0%} of the steps ({why})")
 
 
 def default_batch_size(steps: int, sequence_length: int, domains: int, granularity: int) -> Choice:
@@ -67,7 +75,7 @@ def default_batch_size(steps: int, sequence_length: int, domains: int, granulari
     return Choice(size, why if law >= floor else f"{why}; raised to {size}, so that each domain stands in every batch")
 
 
-def default_learning_rate(parameters: int, tokens: int) -> Choice:
+def default_learning_rate(parameters: int, tokens: int, routed: bool = False) -> Choice:
     """The peak rate: the step law, 1.79 N^-0.713 D^0.307 (arXiv:2503.04715), under what continued training bears.
 
     The cap goes, in log-log, through the peak rates at which mixtures of three sizes trained well (`MEASURED_RATES`):
@@ -76,7 +84,12 @@ def default_learning_rate(parameters: int, tokens: int) -> Choice:
     Args:
         parameters: of one seed, without embeddings and output head.
         tokens: of the whole training.
+        routed: whether the model's routers were set from text; the rate is then `ROUTED_RATE_SHARE` of the usual one.
     """
+    if routed:
+        plain = default_learning_rate(parameters, tokens)
+        why = f"{ROUTED_RATE_SHARE:g} of it, as routers were set from text and a lower rate keeps what they give"
+        return Choice(ROUTED_RATE_SHARE * plain.value, f"{plain.reason}; {why}")
     law = 1.79 * parameters**-0.713 * tokens**0.307
     cap = rate_cap(parameters)
     if law <= cap:

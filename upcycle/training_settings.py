@@ -15,7 +15,7 @@ from upcycle.mixture import read_mixture
 from upcycle.optimization import parse_trained
 from upcycle.recipe import Recipe
 from upcycle.scaling import DENSE, layout_cost
-from upcycle.schedules import Choice, default_batch_size, default_learning_rate, warm_up_steps
+from upcycle.schedules import Choice, default_batch_size, default_learning_rate, default_warm_up
 
 _POSITIONS: Final = ("max_position_embeddings", "n_positions", "n_ctx", "max_sequence_length", "max_seq_len")
 MAX_EXPERTS: Final = 2**16
@@ -116,6 +116,7 @@ class ModelFacts:
         layout: of the tensors, where upcycle knows the family.
         recipe: the mixture's, for its cost.
         seed_parameters: of one dense model, without embeddings and head; 0 where the family is not known.
+        routed: whether its routers were set from text.
     """
 
     kind: str
@@ -128,6 +129,7 @@ class ModelFacts:
     layout: Layout | None = None
     recipe: Recipe = DENSE
     seed_parameters: int = 0
+    routed: bool = False
 
     @property
     def dense(self) -> Mapping[str, Any]:
@@ -187,6 +189,7 @@ def _read_facts(folder: Path, config: Mapping[str, Any]) -> ModelFacts:
             layout=mixture.layout,
             recipe=mixture.recipe,
             seed_parameters=_inner_parameters(mixture.layout),
+            routed="routers" in mixture.provenance,
         )
     if config.get("num_experts_per_tok"):
         experts = next((config[key] for key in ("num_local_experts", "num_experts") if config.get(key)), 0)
@@ -204,13 +207,22 @@ def _read_facts(folder: Path, config: Mapping[str, Any]) -> ModelFacts:
             top_k=int(config["num_experts_per_tok"]),
             load_balance=float(loss.get("load_balance", config.get("router_aux_loss_coef", 0.01))),
             z=float(loss.get("z", 0.0)),
-            experts=[str(number) for number in range(int(experts))],
+            experts=_expert_names(recorded, int(experts)),
+            routed="routers" in recorded,
         )
     try:
         layout = make_layout(read_dense(config, str(folder)), DENSE, 1)
     except SeedError:  # a family that cannot be mixed can still be trained
         return ModelFacts(kind="dense", config=config)
     return ModelFacts(kind="dense", config=config, layout=layout, seed_parameters=_inner_parameters(layout))
+
+
+def _expert_names(recorded: Mapping[str, Any], count: int) -> list[str]:
+    """As upcycle.json has them, else their numbers."""
+    names = recorded.get("experts")
+    if isinstance(names, list) and len(names) == count and all(type(name) is str for name in names):
+        return names
+    return [str(number) for number in range(count)]
 
 
 def _inner_parameters(layout: Layout) -> int:
@@ -259,7 +271,10 @@ def resolve(
     rate = options.learning_rate
     if rate is None:
         tokens = options.steps * batch * length
-        rate = chosen("learning_rate", default_learning_rate(facts.seed_parameters or 10**9, tokens))
+        rate = chosen("learning_rate", default_learning_rate(facts.seed_parameters or 10**9, tokens, facts.routed))
+    warm_up = options.warm_up
+    if warm_up is None:
+        warm_up = int(chosen("warm_up", default_warm_up(options.steps, facts.routed)))
     _check_options(options, facts, processes, rate)
     _check_acceleration(options, facts, cuda)
     settings = Settings(
@@ -270,7 +285,7 @@ def resolve(
         processes=processes,
         learning_rate=rate,
         schedule=options.schedule,
-        warm_up=warm_up_steps(options.steps) if options.warm_up is None else options.warm_up,
+        warm_up=warm_up,
         weight_decay=options.weight_decay,
         max_grad_norm=options.max_grad_norm,
         random_seed=options.random_seed,
