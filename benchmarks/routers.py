@@ -3,8 +3,8 @@
     python benchmarks/routers.py DIR [--work FOLDER] [--sets llama parallel hard] [--parts fresh curves order time]
 
 DIR is laid out as for `paper_table.py`; `hard/` in it, if asked for, holds specialists that were trained at a much
-higher learning rate (`make_seeds.py --hard-rate`). Three random seeds each (one for the recipes
-beside `bam`): they choose the routers' start where
+higher learning rate (`make_seeds.py --hard-rate`). Three random seeds for `bam` (one for what
+is shown beside it): they choose the routers' start where
 it is random, the text that routers are set from (16,384 tokens an expert) where there is text, and the order of the
 training data. Finished runs are found again in the work folder, so a broken-off table goes on.
 """
@@ -125,7 +125,7 @@ def fresh(bench: Bench, seeds: Sequence[int], pool: ThreadPoolExecutor) -> None:
                 "bam, prototypes": lambda seed: bench.fitted("bam", seed, *PROTOTYPES, name="-prototypes"),
             }
         for name, make in kinds.items():
-            chosen = seeds if recipe == "bam" else seeds[:1]
+            chosen = seeds if name in ("bam, random", "**bam, fitted**") else seeds[:1]
             rows[name] = [pool.submit(lambda seed=seed, make=make: bench.losses(make(seed))) for seed in chosen]
     names = domains(one.specialists)
     print(f"\n### {one.name}: before any training ({TOKENS:,} tokens of text an expert)\n")
@@ -231,7 +231,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=Path("routers-bench"))
     parser.add_argument("--workers", type=int, default=2, help="runs side by side, one thread each")
     parser.add_argument("--random-seeds", type=int, default=3)
-    parser.add_argument("--windows", type=int, default=100, help="held-out windows of a domain, before training")
+    parser.add_argument("--windows", type=int, default=50, help="held-out windows of a domain, before training")
     parser.add_argument("--sets", nargs="+", default=["llama", "parallel", "hard"])
     parser.add_argument("--parts", nargs="+", default=["time", "fresh", "order", "curves"])
     options = parser.parse_args()

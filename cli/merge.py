@@ -86,8 +86,9 @@ def merge(
     names = [seed.name for seed in read]
     # Only the option and the recipe are looked at so far, and what can be planned before the text is read.
     sources = split_names("--router-data", router_data) if router_data else made.recipe.prompts
+    option = "--router-data" if router_data else "[prompts]"
     if sources:
-        check_names(list(sources), names)
+        check_names(list(sources), names, option)
     plan = make(read, text={} if sources else None)
     shard_bytes = parse_size(max_shard_size)
     experts = plan.num_experts if plan.format == "bam" else len(plan.sources)
@@ -105,7 +106,9 @@ def merge(
         model = plan.layout.model
         longest = model.values["max_position_embeddings"]
         config = {**read[0].config, "vocab_size": model.sizes.vocab}
-        text = read_router_text(sources, names, read[0].folder, config, tokens=router_tokens, longest=longest)
+        text = read_router_text(
+            sources, names, read[0].folder, config, tokens=router_tokens, longest=longest, option=option
+        )
         plan = make(read, text=text.record(), usage=text.usage(model.sizes.vocab))
     if push_to:  # what is there is compared with the plan of what is here
         prepare_push(push_to, {**plan.provenance, "plan": plan.digest()}, license)
@@ -220,7 +223,7 @@ def run(
                 overwrite=overwrite,
                 progress=progress,
                 tell=output.note,
-                finish=finish if text else None,
+                finish=finish if text and plan.recipe.from_text() else None,
             )
         except KeyboardInterrupt:
             output.note(f"the same command goes on from what was written, in {partial_folder(out)}")
@@ -246,12 +249,12 @@ def run(
     )
     if routers:
         show_warnings(routers)
-        output.data_line(f"Its routers are set from text; {routers.summary()}.")
+        output.data_line(f"Routers are set from text; {routers.summary()}.")
     elif plan.format == "bam":
-        output.data_line(
-            "Its routers know nothing yet: train the mixture, or give a little text of each seed's domain "
-            "(--router-data) to set them from."
+        text_helps = (
+            "" if plan.recipe.copies else ", or give a little text for each seed (--router-data) to set them from"
         )
+        output.data_line(f"Its routers know nothing yet: train the mixture{text_helps}.")
     if plan.format == "bam" and plan.recipe.ffn_router.top_k == 1 and plan.recipe.ffn_router.normalize:
         output.data_line(
             "With top_k = 1 and normalize = true every gate is 1: the language-model loss gives the FFN routers no "

@@ -167,7 +167,8 @@ def share_progress(label: str, total: int, after: Bar) -> Iterator[Bar]:
 
     console = Console(stderr=True)
     columns = (TextColumn("{task.description}", markup=False), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
-    progress = Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
+    hidden = not console.is_terminal or not is_first_process()
+    progress = Progress(*columns, console=console, transient=True, disable=hidden)
     try:
         yield Bar(progress, label, total, after)
     finally:

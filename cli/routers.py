@@ -49,12 +49,16 @@ def routers(
     from upcycle.data import split_names
     from upcycle.router_checkpoint import init_routers, router_settings
     from upcycle.router_text import read_router_text
+    from upcycle.staging import check_target
     from upcycle.training_settings import read_facts
+    from upcycle.weights import quiet_transformers
 
     began = time.monotonic()
     source = fetched(mixture)
+    check_target(out, yes, [source])
     facts = read_facts(source)
-    settings = router_settings(facts, init, softness, only)
+    settings = router_settings(source, facts, init, softness, only)
+    quiet_transformers()
     text = read_router_text(
         split_names("--data", data),
         list(facts.experts),
@@ -81,7 +85,7 @@ def routers(
 
 def fitting_steps(text: "RouterText | None", layers: int) -> int:
     """How many tokens pass a layer while routers are set, all layers together."""
-    return layers * sum(windows.size for windows in text.windows) if text else 0
+    return layers * text.tokens if text else 0
 
 
 def show_warnings(result: "RoutersResult") -> None:
@@ -89,4 +93,4 @@ def show_warnings(result: "RoutersResult") -> None:
     for warning in result.warnings[:SHOWN]:
         output.warning(warning)
     if len(result.warnings) > SHOWN:
-        output.warning(f"and {len(result.warnings) - SHOWN} more routers like these")
+        output.warning(f"and {len(result.warnings) - SHOWN} more like these")

@@ -60,7 +60,7 @@ def test_a_merge_with_text_is_whole_and_proven(recipe: str, seeds: list[Path], t
     assert found.remade == found.tensors - found.from_text
     record = json.loads((tmp_path / "out" / "upcycle.json").read_text())
     assert record["router_text"] == text_for().record()
-    assert set(record["routers"]) == {"text", "ffn"} | (set() if recipe.startswith("btx") else {"attention"})
+    assert set(record["routers"]) == {"ffn"} | (set() if recipe.startswith("btx") else {"attention"})
     assert min(record["routers"]["ffn"]["accuracy"]) > 0.6  # of 1/3 by chance
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert ("ffn_scale" in config) == (recipe != "btx")  # whose gates are rescaled anyway
@@ -128,7 +128,7 @@ def test_what_is_interrupted_while_routers_are_set_leaves_nothing_that_looks_fin
 def test_a_finished_mixture_gets_routers_in_a_copy(seeds: list[Path], tmp_path: Path) -> None:
     merge(plan_merge(load_recipe("bam"), read_seeds([str(seed) for seed in seeds])), tmp_path / "random")
     before = {file.name: file.read_bytes() for file in (tmp_path / "random").iterdir()}
-    settings = router_settings(read_facts(tmp_path / "random"), "fit")
+    settings = router_settings(tmp_path / "random", read_facts(tmp_path / "random"), "fit")
     result = init_routers(tmp_path / "random", tmp_path / "out", text_for(), settings)
     assert {file.name: file.read_bytes() for file in (tmp_path / "random").iterdir()} == before
     assert min(result.accuracy["attention"]) > 0.6  # of 1/3 by chance
@@ -151,7 +151,7 @@ def test_one_of_transformers_own_mixtures_gets_routers_too(tmp_path: Path) -> No
     torch.manual_seed(0)
     MixtralForCausalLM(mixtral_config()).to(torch.bfloat16).save_pretrained(tmp_path / "mixtral")
     text = RouterText(list("0123"), [*texts().windows, texts().windows[0] % 7 + 3])
-    settings = router_settings(read_facts(tmp_path / "mixtral"), "prototypes")
+    settings = router_settings(tmp_path / "mixtral", read_facts(tmp_path / "mixtral"), "prototypes")
     init_routers(tmp_path / "mixtral", tmp_path / "out", text, settings)
     tensors, old = (load_file(tmp_path / name / "model.safetensors") for name in ("out", "mixtral"))
     changed = {name for name in tensors if not torch.equal(tensors[name], old[name])}
@@ -220,7 +220,7 @@ def test_prompts_in_a_recipe_are_text(seeds: list[Path], tmp_path: Path) -> None
     (tmp_path / "mine.toml").write_text(f'summary = "x"\n[mix]\nffn = "experts"\n[prompts]\n{prompts}\n')
     done = run_cli("merge", "--seeds", *seeds, "--recipe", tmp_path / "mine.toml", "--out", tmp_path / "out")
     assert done.returncode == 0, done.stderr
-    assert "Its routers are set from text" in done.stdout
+    assert "Routers are set from text" in done.stdout
     assert run_cli("plan", "--seeds", *seeds, "--recipe", tmp_path / "mine.toml").returncode == 0
 
 
@@ -228,7 +228,7 @@ def test_the_command_line_sets_routers_of_a_mixture(seeds: list[Path], files: li
     merge(plan_merge(load_recipe("btx"), read_seeds([str(seed) for seed in seeds])), tmp_path / "btx")
     done = run_cli("routers", tmp_path / "btx", "--data", *files, "--out", tmp_path / "out")
     assert done.returncode == 0, done.stderr
-    assert "tokens of held-back text that find their own expert: ffn" in done.stdout
+    assert "tokens of held-back text that find their own expert: ffn routers" in done.stdout
     done = run_cli("routers", tmp_path / "btx", "--data", *files, "--out", tmp_path / "x", "--only", "attention")
     assert (done.returncode, done.stdout) == (1, "")
     assert "no attention routers" in done.stderr

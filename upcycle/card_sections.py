@@ -53,7 +53,8 @@ class Subject:
         """Whether its routers are as the merge made them; a training's own checkpoints have its record above them."""
         source = self.source
         merged = source.provenance.get("format") == "bam"
-        return merged and source.training is None and not (source.folder / STATE).is_dir()
+        retrained = source.training is not None or (source.folder / STATE).is_dir()
+        return merged and not retrained and not self.routed.get("after_training")
 
     @property
     def routed(self) -> Mapping[str, Any]:
@@ -102,6 +103,11 @@ def what_it_is(subject: Subject) -> str:
             "> **It is not trained yet.** Its routers are set from text: from a few thousand tokens for each "
             f"expert they learned which expert's text a token comes from{_accuracy(subject.routed)}. Training makes it "
             "better."
+        )
+    elif subject.routed.get("after_training"):
+        paragraphs.append(
+            "> **Its routers were set anew, from text, after it was trained**, and it was not trained since"
+            f"{_accuracy(subject.routed)}."
         )
     elif subject.untrained:
         paragraphs.append(

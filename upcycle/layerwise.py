@@ -7,7 +7,7 @@ memory, `[windows, length, D]`, and each layer is computed once.
 Axes: W windows, S their length, T tokens, N experts, D hidden.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -86,6 +86,7 @@ def set_layer_by_layer(
     windows: torch.Tensor,
     set_router: Callable[[Router, torch.Tensor], None],
     *,
+    kinds: Collection[str] = ("attention", "ffn"),
     batch: int,
     progress: Callable[[int], None] = lambda _: None,
 ) -> None:
@@ -95,12 +96,14 @@ def set_layer_by_layer(
 
     Args:
         windows: int64 `[W, S]`, without padding.
+        kinds: of the routers that are set; others stay as they are.
         batch: windows a forward.
         progress: called with the number of tokens that have passed one layer.
     """
     by_layer: dict[int, list[Router]] = {}
     for router in find_routers(model):
-        by_layer.setdefault(router.layer, []).append(router)
+        if router.kind in kinds:
+            by_layer.setdefault(router.layer, []).append(router)
     layers = list(decoder_layers(model))
     batches: list[torch.Tensor] = list(torch.split(windows, batch))
     states, calls = _enter(model, layers, batches)
@@ -147,7 +150,8 @@ def _enter(
             layer.forward = stand_in(number)
         for tokens in batches:
             # One logit: the head over a whole vocabulary and all windows would cost more than a layer.
-            model(input_ids=tokens, use_cache=False, logits_to_keep=1)
+            # Router logits are not asked for, whatever the config says: no layer is computed that would give any.
+            model(input_ids=tokens, use_cache=False, logits_to_keep=1, output_router_logits=False)
     finally:
         for layer in layers:
             vars(layer).pop("forward", None)
@@ -159,7 +163,7 @@ def _answers_in_tuple(model: Any, layers: Sequence[Any], tokens: torch.Tensor) -
     answers: list[Any] = []
     handle = layers[0].register_forward_hook(lambda _, __, answer: answers.append(answer))
     try:
-        model(input_ids=tokens, use_cache=False)
+        model(input_ids=tokens, use_cache=False, output_router_logits=False)
     finally:
         handle.remove()
     return isinstance(answers[0], tuple)

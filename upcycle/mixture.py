@@ -56,6 +56,11 @@ def read_mixture(folder: Path, tensors: Mapping[str, TensorInfo] | None = None) 
     provenance = read_json(folder / PROVENANCE) if (folder / PROVENANCE).exists() else {}
     recipe, experts = _recipe(folder, config, provenance), config["expert_names"]
     layout = make_layout(read_dense(config["dense_config"], f"mixture {folder}"), recipe, len(experts))
+    scales = config.get("ffn_scale")
+    if scales is not None and len(scales) != layout.model.sizes.layers:
+        raise CheckpointError(
+            f"{folder / CONFIG}: ffn_scale has {len(scales)} numbers, but there are {layout.model.sizes.layers} layers"
+        )
     tensors = read_tensors(folder) if tensors is None else tensors
     for tensor in layout.mixture:
         info = tensors.get(tensor.name)
@@ -89,6 +94,9 @@ def _recipe(folder: Path, config: Mapping[str, Any], provenance: Mapping[str, An
             f"{folder / CONFIG}: num_experts is {count}, but expert_names lists {len(names)} "
             f"and num_experts_per_tok is {config['num_experts_per_tok']}"
         )
+    scales = config.get("ffn_scale") or [1.0]
+    if not (isinstance(scales, list) and scales and all(type(one) is float and 0 < one < 1e6 for one in scales)):
+        raise CheckpointError(f"{folder / CONFIG}: ffn_scale is {str(scales)[:80]}, expected a list of numbers above 0")
     attention = EXPERTS if config["attention_experts"] else MEAN
     key_value = MEAN if config["shared_key_value"] else attention
     mix = dict.fromkeys(ROLES, MEAN) | {

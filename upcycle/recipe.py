@@ -164,7 +164,10 @@ class Recipe:
             for kind, router in self.routers().items()
             if router.init == "random"
         }
-        return replace(self, **fitted)
+        settled = replace(self, **fitted)
+        if not settled.from_text() and USAGE not in self.mix.values():
+            raise RecipeError(f"recipe '{self.name}' initialises nothing from text; leave out --router-data")
+        return settled
 
 
 def builtin_recipes() -> dict[str, Recipe]:

@@ -12,19 +12,25 @@ import torch
 
 from upcycle.card import read_card, write_card
 from upcycle.checkpoint import CARD, CONFIG, PROVENANCE, SUMS, TensorInfo, read_json, read_tensors, write_json
-from upcycle.checksums import read_sums, write_sums
-from upcycle.errors import CheckpointError, RecipeError
+from upcycle.checksums import file_sum, read_sums, write_sums
+from upcycle.errors import CheckpointError, OutputError, RecipeError
 from upcycle.expert_modules import ffn_scales, selections_are_told
+from upcycle.layerwise import Router, find_routers
 from upcycle.numeric import TORCH_NAMES
+from upcycle.preflight import check_place
 from upcycle.recipe import SOFTNESS, AttentionRouter, FfnRouter
 from upcycle.router_text import RouterText
 from upcycle.routers import RouterFit, set_routers
-from upcycle.staging import check_target, staging
+from upcycle.run_folder import RECORD
+from upcycle.staging import check_target, is_part, staging
 from upcycle.training_settings import ModelFacts
 from upcycle.weights import as_stored, load_model, write_tensor
 
 COPIED_AT_ONCE: Final = 16 << 20  # bytes
-ROOM: Final = 1.2  # a model is put on a GPU that has so many times its bytes free, as text needs some
+ROOM: Final = 1.2  # a GPU is used that has so many times the bytes free that model and text need
+TEXT_COPIES: Final = 8  # of the text's states there are at the peak, in fp32
+FEW: Final = 64  # tokens of a window, below which a router sees little of what attention makes of a text
+MAX_SOFTNESS: Final = 100
 
 Progress = Callable[[int], None]
 
@@ -43,7 +49,7 @@ class RoutersResult:
 
     def summary(self) -> str:
         """One line."""
-        parts = [f"{kind} {mean(values):.0%}" for kind, values in self.accuracy.items()]
+        parts = [f"{kind} routers {mean(values):.0%}" for kind, values in self.accuracy.items()]
         return f"tokens of held-back text that find their own expert: {', '.join(parts)}"
 
 
@@ -85,16 +91,25 @@ def set_checkpoint_routers(
                 f"{folder}: {config['model_type']} does not select its experts by the largest router logits alone, so "
                 "upcycle cannot set its routers"
             )
-    model.to(_device(stored))
+    model.to(_device(stored, text, model.config.hidden_size))
     names = {id(parameter): name for name, parameter in model.named_parameters()}
-    kinds = {info.dtype for name, info in stored.items() if len(info.shape) == 2}
-    dtype = getattr(torch, TORCH_NAMES[kinds.pop() if len(kinds) == 1 else "F32"])
+
+    def places(router: Router) -> dict[str, torch.Tensor]:
+        """The router's weight by the name that the checkpoint has for it."""
+        weight = router.module.weight
+        found: dict[str, torch.Tensor] = as_stored(model, {names[id(weight)]: weight.detach().cpu()})
+        for name, tensor in found.items():
+            if name not in stored or stored[name].shape != tuple(tensor.shape):
+                raise CheckpointError(f"{folder} stores no tensor '{name}' {list(tensor.shape)}, which is a router")
+        return found
+
+    dtypes = {stored[name].dtype for router in find_routers(model) for name in places(router)}
+    dtype = getattr(torch, TORCH_NAMES[dtypes.pop() if len(dtypes) == 1 else "F32"])
     fits = set_routers(model, text, settings, dtype=dtype, progress=progress)
     sums = {}
     for fit in fits:
-        name = names[id(fit.router.module.weight)]
-        for key, tensor in as_stored(model, {name: fit.router.module.weight.detach().cpu()}).items():
-            sums[key] = _write(stored, key, tensor)
+        for name, tensor in places(fit.router).items():
+            sums[name] = _write(stored[name], tensor)
     scales = ffn_scales(model)
     if scales:
         config["ffn_scale"] = [round(float(scale), 6) for scale in scales.values()]
@@ -127,41 +142,62 @@ def init_routers(
         check_target(out, overwrite, [source])
 
     check()
+    files = sorted(file for file in source.iterdir() if file.is_file() and is_part(file))
     sums = read_sums(source)
-    with staging(out, check) as folder:
-        for file in sorted(source.iterdir()):
-            if file.is_file() and not file.name.startswith("."):
+    check_place(out, sum(file.stat().st_size for file in files))
+    try:
+        with staging(out, check) as folder:
+            for file in files:
                 _copy(file, folder / file.name, copying)
-        (folder / SUMS).unlink(missing_ok=True)
-        former = read_card(folder)
-        (folder / CARD).unlink(missing_ok=True)
-        result, changed = set_checkpoint_routers(folder, text, settings, progress=progress)
-        write_card(folder, former)
-        if sums is not None:
-            write_sums(folder, {**sums["tensors"], **changed})
+                wanted = sums["files"].get(file.name) if sums else None
+                if wanted and file_sum(folder / file.name) != wanted:
+                    raise CheckpointError(f"{file} is not what its checksum says; `upcycle verify {source}` tells more")
+            (folder / SUMS).unlink(missing_ok=True)
+            former = read_card(folder)
+            (folder / CARD).unlink(missing_ok=True)
+            if (source / RECORD).is_file() and (folder / PROVENANCE).is_file():
+                record = read_json(folder / PROVENANCE)
+                trained = {**(record.get("routers") or {}), "after_training": True}
+                write_json(folder / PROVENANCE, {**record, "routers": trained})
+            result, changed = set_checkpoint_routers(folder, text, settings, progress=progress)
+            write_card(folder, former)
+            if sums:
+                write_sums(folder, {**sums["tensors"], **changed})
+    except OSError as error:
+        raise OutputError(f"output {out} cannot be written: {error.strerror or error}") from error
     return result
 
 
 def router_settings(
-    facts: ModelFacts, init: str, softness: float | None = None, only: str | None = None
+    folder: Path, facts: ModelFacts, init: str, softness: float | None = None, only: str | None = None
 ) -> dict[str, FfnRouter | AttentionRouter]:
     """How the routers of a finished mixture are set, by kind.
 
     Args:
+        folder: the mixture's, whose recipe says whether gates keep the FFN's scale.
         init: "fit" or "prototypes".
         softness: None for the recipes' default.
         only: "ffn" or "attention", to leave the other kind as it is.
 
     Raises:
-        RecipeError: the model is dense, or has no attention routers where those are wanted.
+        RecipeError: the model is dense, it has no attention routers where those are wanted, or a softness of no use.
     """
     if facts.kind == "dense":
         raise RecipeError("the model is dense, so it has no routers; expected a mixture")
     soft = SOFTNESS if softness is None else softness
+    if not 0 < soft <= MAX_SOFTNESS:
+        raise RecipeError(f"--softness {soft}: expected above 0, at most {MAX_SOFTNESS}; 1 is the fit's own")
+    record: Any = read_json(folder / PROVENANCE) if (folder / PROVENANCE).is_file() else {}
+    for key in ("recipe", "router", "ffn"):
+        record = record.get(key)
+        record = record if isinstance(record, dict) else {}
+    keep_scale = record.get("keep_scale") is not False
     normalize = bool(facts.config.get("norm_topk_prob"))
     settings: dict[str, FfnRouter | AttentionRouter] = {}
     if only != "attention":
-        settings["ffn"] = FfnRouter(top_k=facts.top_k or 1, normalize=normalize, init=init, softness=soft)
+        settings["ffn"] = FfnRouter(
+            top_k=facts.top_k or 1, normalize=normalize, init=init, softness=soft, keep_scale=keep_scale
+        )
     if only != "ffn" and facts.attention_experts:
         settings["attention"] = AttentionRouter(init=init, softness=soft)
     if not settings:
@@ -169,19 +205,16 @@ def router_settings(
     return settings
 
 
-def _device(stored: Mapping[str, TensorInfo]) -> torch.device:
-    """A GPU, where there is one with room for the model in fp32."""
+def _device(stored: Mapping[str, TensorInfo], text: RouterText, hidden: int) -> torch.device:
+    """A GPU, where there is one with room for the model in fp32 and for the text."""
     if torch.cuda.is_available():
-        needed = sum(4 * prod(info.shape) for info in stored.values())
+        needed = sum(4 * prod(info.shape) for info in stored.values()) + TEXT_COPIES * 4 * text.tokens * hidden
         if ROOM * needed < torch.cuda.mem_get_info()[0]:
             return torch.device("cuda")
     return torch.device("cpu")
 
 
-def _write(stored: Mapping[str, TensorInfo], name: str, tensor: torch.Tensor) -> list[str]:
-    info = stored.get(name)
-    if info is None or info.shape != tuple(tensor.shape):
-        raise CheckpointError(f"router '{name}' {list(tensor.shape)} is not among the checkpoint's tensors")
+def _write(info: TensorInfo, tensor: torch.Tensor) -> list[str]:
     handle = os.open(info.file, os.O_WRONLY)
     try:
         return write_tensor(handle, info.offset, tensor, info.dtype)
@@ -192,17 +225,23 @@ def _write(stored: Mapping[str, TensorInfo], name: str, tensor: torch.Tensor) ->
 def _recorded(
     folder: Path, text: RouterText, settings: Mapping[str, FfnRouter | AttentionRouter], fits: Sequence[RouterFit]
 ) -> RoutersResult:
-    """Note in upcycle.json what was set, and from which text."""
+    """Note in upcycle.json what was set, and from which text; what is known of other routers stays."""
     accuracy: dict[str, list[float]] = {}
     for fit in fits:
         accuracy.setdefault(fit.router.kind, []).append(round(fit.accuracy, 4))
     record: dict[str, Any] = read_json(folder / PROVENANCE) if (folder / PROVENANCE).is_file() else {}
-    about = {
-        kind: {"init": settings[kind].init, "softness": settings[kind].softness, "accuracy": values}
-        for kind, values in accuracy.items()
-    }
-    write_json(folder / PROVENANCE, {**record, "routers": {**about, "text": text.record()}})
-    return RoutersResult(accuracy, [warning for fit in fits for warning in fit.warnings(text.experts)])
+    about = dict(record.get("routers") or {})
+    for kind, values in accuracy.items():
+        setting = settings[kind]
+        about[kind] = {"init": setting.init, "softness": setting.softness, "accuracy": values, "text": text.record()}
+    write_json(folder / PROVENANCE, {**record, "routers": about})
+    warnings = [warning for fit in fits for warning in fit.warnings(text.experts)]
+    length = text.windows[0].shape[1]
+    if length < FEW:
+        warnings.insert(
+            0, f"the shortest text has {length} tokens, so all are cut into windows as short; give more of it"
+        )
+    return RoutersResult(accuracy, warnings)
 
 
 def _copy(source: Path, target: Path, copying: Progress) -> None:

@@ -19,6 +19,7 @@ DEFAULT_TOKENS: Final = 16_384  # an expert
 MAX_WINDOW: Final = 512  # tokens: longer ones cost more and tell a router hardly more of where a text comes from
 MIN_TOKENS: Final = 16  # of an expert's text
 SMOOTHING: Final = 1.0  # occurrences
+CHARACTERS: Final = 16  # a token has fewer: of a document no more is tokenised than is needed
 READ_AHEAD: Final = 8  # times the tokens that are wanted are read, so that those taken are spread over the text
 
 
@@ -33,6 +34,11 @@ class RouterText:
 
     experts: Sequence[str]
     windows: Sequence[Array]
+
+    @property
+    def tokens(self) -> int:
+        """In all."""
+        return sum(windows.size for windows in self.windows)
 
     def usage(self, vocab_size: int) -> Array:
         """Each text's share of each token's occurrences: `[vocabulary, experts]`, rows sum to 1.
@@ -120,8 +126,9 @@ def read_router_text(
             documents = (Document(f"prompt {number} of {name}", text) for number, text in enumerate(source, 1))
         runs.append(_tokenised(documents, tokenizer, config, READ_AHEAD * tokens))
     for name, run in zip(experts, runs, strict=True):
-        if run.size < MIN_TOKENS:
-            raise DataError(f"{option} {name}: {run.size} tokens of text, expected at least {MIN_TOKENS}; give more")
+        if run.shape[-1] < MIN_TOKENS:
+            what = "tokens a row" if run.ndim == 2 else "tokens of text"
+            raise DataError(f"{option} {name}: {run.shape[-1]} {what}, expected at least {MIN_TOKENS}; give more")
     length = min([MAX_WINDOW, tokens, *(run.size for run in runs), *([longest] if longest else [])])
     # Rows of a .npy file are windows: where they are long enough none is cut out of two.
     rows = [run.shape[1] for run in runs if run.ndim == 2]
@@ -134,7 +141,7 @@ def _tokenised(documents: Iterator[Document], tokenizer: Any, config: Mapping[st
     end_of_text = end_of_text_token(tokenizer, config)
     parts: list[Array] = []
     size = 0
-    for batch in encoded_batches(_small(documents), tokenizer, end_of_text, config["vocab_size"]):
+    for batch in encoded_batches(_short(documents, CHARACTERS * enough), tokenizer, end_of_text, config["vocab_size"]):
         parts += [np.array(one.ids[:enough], np.int64) for one in batch]
         size += sum(len(one.ids) for one in batch)
         if size >= enough:
@@ -142,21 +149,18 @@ def _tokenised(documents: Iterator[Document], tokenizer: Any, config: Mapping[st
     return np.concatenate(parts)[:enough] if parts else np.zeros(0, np.int64)
 
 
-def _small(documents: Iterator[Document]) -> Iterator[Document]:
-    """Long texts in parts, of which no more are tokenised than are needed."""
+def _short(documents: Iterator[Document], characters: int) -> Iterator[Document]:
+    """Documents, of long texts the beginning."""
     for document in documents:
-        text = document.content
-        if not isinstance(text, str):
-            yield document
-            continue
-        for start in range(0, len(text), 100_000):
-            yield Document(document.place, text[start : start + 100_000])
+        content = document.content
+        yield Document(document.place, content[:characters] if isinstance(content, str) else content)
 
 
 def _spread(run: Array, length: int, tokens: int) -> Array:
     """Windows of `length` tokens, int64, evenly spaced over a run or over the rows of an array."""
-    if run.ndim == 2:
-        run = run[:, : run.shape[1] // length * length].reshape(-1, length)
-    else:
-        run = run[: run.size // length * length].reshape(-1, length)
-    return np.asarray(run[evenly_spaced(len(run), max(1, tokens // length))], np.int64)
+    rows = run if run.ndim == 2 else run.reshape(1, -1)
+    in_row = rows.shape[1] // length
+    chosen = evenly_spaced(len(rows) * in_row, max(1, tokens // length))
+    # One by one, as the array may be far larger than memory.
+    windows = [rows[at // in_row, at % in_row * length : (at % in_row + 1) * length] for at in chosen]
+    return np.stack(windows).astype(np.int64)

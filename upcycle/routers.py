@@ -15,6 +15,7 @@ from typing import Any, Final
 
 import torch
 
+from upcycle.errors import CheckpointError
 from upcycle.expert_modules import ffn_scales
 from upcycle.layerwise import Router, set_layer_by_layer
 from upcycle.recipe import AttentionRouter, FfnRouter
@@ -22,7 +23,7 @@ from upcycle.router_text import RouterText
 
 RIDGE: Final = 1e-3  # times |W|^2, for inputs of mean square 1: keeps W finite where experts' texts are separable
 ITERATIONS: Final = 50  # of L-BFGS, at most
-HELD_BACK: Final = 8  # every eighth window of a text is not fitted to, but tells how good the fit is
+HELD_BACK: Final = 8  # one eighth of each text is not fitted to, but tells how good the fit is
 BATCH_TOKENS: Final = 8192  # a forward
 BARELY: Final = 1.1  # times chance, below which a router is said to have learned nothing
 COINCIDE: Final = 4.0  # two means closer than so many times what chance puts between them are taken for one
@@ -77,42 +78,45 @@ def set_routers(
         progress: called with the number of tokens that have passed one layer.
 
     Raises:
-        CheckpointError: an architecture whose routers upcycle cannot set.
+        CheckpointError: an architecture whose routers upcycle cannot set, or weights that are not finite.
     """
     device = next(model.parameters()).device
     windows = torch.cat([torch.from_numpy(one) for one in text.windows]).to(device)
-    length = windows.shape[1]
-    enough = all(len(one) >= HELD_BACK for one in text.windows)
-    expert, measured = [], []
-    for number, one in enumerate(text.windows):
-        expert.append(torch.full((len(one),), number))
-        measured.append(torch.arange(len(one)) % HELD_BACK == HELD_BACK - 1)
-    labels = torch.cat(expert).to(device).repeat_interleave(length)
-    held_back = torch.cat(measured).to(device).repeat_interleave(length)
-    fitted = ~held_back if enough else torch.ones_like(held_back)
-    held_back = held_back if enough else fitted
+    experts, length = len(text.experts), windows.shape[1]
+    labels = torch.cat([torch.full(one.shape, number) for number, one in enumerate(text.windows)]).flatten().to(device)
+    held_back = torch.cat([_held_back(text, one.shape) for one in text.windows]).flatten().to(device)
     scales = ffn_scales(model)
     fits: list[RouterFit] = []
 
     def set_router(router: Router, inputs: torch.Tensor) -> None:
-        setting = settings.get(router.kind)
-        if setting is None:
-            return
-        known, answers = inputs[fitted].float(), labels[fitted]
-        weight = {"fit": logistic, "prototypes": prototypes}[setting.init](known, answers, len(text.experts))
+        if not inputs.isfinite().all():
+            raise CheckpointError(f"{router.where}: its input is not finite, so the model's weights are damaged")
+        setting = settings[router.kind]
+        known, answers = inputs[~held_back].float(), labels[~held_back]
+        weight = {"fit": logistic, "prototypes": prototypes}[setting.init](known, answers, experts)
         router.module.weight.copy_((setting.softness * weight).to(dtype))
-        gates = torch.nn.functional.linear(inputs, router.module.weight)[held_back].softmax(-1, dtype=torch.float32)
+        gates = torch.nn.functional.linear(inputs[held_back], router.module.weight).softmax(-1, dtype=torch.float32)
         right = gates.argmax(-1) == labels[held_back]
-        shares = [right[labels[held_back] == number].float().mean() for number in range(len(text.experts))]
+        shares = [right[labels[held_back] == number].float().mean() for number in range(experts)]
         if isinstance(setting, FfnRouter) and router.layer in scales:
             scale = scales[router.layer]
             scale.fill_(1 / gates.topk(setting.top_k, dim=-1).values.sum(-1).mean())
-        alike = coinciding(known, answers, len(text.experts))
-        fits.append(RouterFit(router, float(torch.stack(shares).mean()), alike))
+        fits.append(RouterFit(router, float(torch.stack(shares).mean()), coinciding(known, answers, experts)))
 
     model.eval()
-    set_layer_by_layer(model, windows, set_router, batch=max(1, BATCH_TOKENS // length), progress=progress)
+    batch = max(1, BATCH_TOKENS // length)
+    set_layer_by_layer(model, windows, set_router, kinds=settings, batch=batch, progress=progress)
+    if scales:
+        model.config.ffn_scale = [float(scale) for scale in scales.values()]  # what save_pretrained writes
     return fits
+
+
+def _held_back(text: RouterText, shape: tuple[int, ...]) -> torch.Tensor:
+    """Which tokens of one text are not fitted to: every eighth window, or of few windows the last eighth of each."""
+    windows, length = shape
+    if all(len(one) >= HELD_BACK for one in text.windows):
+        return (torch.arange(windows) % HELD_BACK == HELD_BACK - 1)[:, None].expand(windows, length)
+    return (torch.arange(length) >= length - max(1, length // HELD_BACK)).expand(windows, length)
 
 
 def logistic(inputs: torch.Tensor, labels: torch.Tensor, experts: int) -> torch.Tensor:
@@ -125,9 +129,9 @@ def logistic(inputs: torch.Tensor, labels: torch.Tensor, experts: int) -> torch.
     shares = (1 / (experts * counts.float()))[labels]
     size = inputs.square().mean().sqrt().clamp(min=1e-12)
     known = inputs / size
-    products = (known * shares[:, None]).T @ known
-    ridge = RIDGE * torch.eye(len(products), device=products.device)
-    factor = torch.linalg.cholesky((products + ridge).double()).float()  # products + ridge = factor factor^T
+    products = ((known * shares[:, None]).T @ known).double()
+    products.diagonal().add_(RIDGE)
+    factor = torch.linalg.cholesky(products).float()  # products = factor factor^T
 
     def weight(free: torch.Tensor) -> torch.Tensor:
         solved: torch.Tensor = torch.linalg.solve_triangular(factor.T, free.T, upper=True)
@@ -166,7 +170,9 @@ def coinciding(inputs: torch.Tensor, labels: torch.Tensor, experts: int) -> list
 
 def _means(inputs: torch.Tensor, labels: torch.Tensor, experts: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Each expert's mean input `[N, D]`, and every dimension's variance around it `[D]`, all experts alike."""
-    groups = [inputs[labels == expert] for expert in range(experts)]
-    means = torch.stack([group.mean(0) for group in groups])
-    variances = [(group - mean).square().mean(0) for group, mean in zip(groups, means, strict=True)]
-    return means, torch.stack(variances).mean(0)
+    means, variances = [], []
+    for expert in range(experts):
+        group = inputs[labels == expert]
+        means.append(group.mean(0))
+        variances.append(group.var(0, correction=0))
+    return torch.stack(means), torch.stack(variances).mean(0)

@@ -40,13 +40,18 @@ def _check_target(out: Path, overwrite: bool, sources: Sequence[Path]) -> None:
         raise OutputError(f"output {out} exists and is no folder; choose another --out")
     if not any(out.iterdir()):
         return
-    ours = {INDEX, CONFIG, PROVENANCE, SUMS, CARD, *COPIED_FILES, *MODELING_FILES}
-    foreign = sorted(path.name for path in out.iterdir() if not (path.name in ours or path.match("model*.safetensors")))
+    foreign = sorted(path.name for path in out.iterdir() if not is_part(path))
     if foreign or not (out / PROVENANCE).is_file():
         holds = f"holds '{foreign[0]}'" if foreign else "is no result of upcycle"
         raise OutputError(f"output {out} exists and {holds}, so it is never overwritten; choose another --out")
     if not overwrite:
         raise OutputError(f"output {out} exists; --yes overwrites it, --out chooses another folder")
+
+
+def is_part(file: Path) -> bool:
+    """Whether a file is, by its name, one of those that a result of upcycle consists of."""
+    ours = {INDEX, CONFIG, PROVENANCE, SUMS, CARD, *COPIED_FILES, *MODELING_FILES}
+    return file.name in ours or file.match("model*.safetensors")
 
 
 @contextmanager

@@ -189,7 +189,7 @@ def _read_facts(folder: Path, config: Mapping[str, Any]) -> ModelFacts:
             layout=mixture.layout,
             recipe=mixture.recipe,
             seed_parameters=_inner_parameters(mixture.layout),
-            routed="routers" in mixture.provenance,
+            routed=_routed(mixture.provenance),
         )
     if config.get("num_experts_per_tok"):
         experts = next((config[key] for key in ("num_local_experts", "num_experts") if config.get(key)), 0)
@@ -208,13 +208,19 @@ def _read_facts(folder: Path, config: Mapping[str, Any]) -> ModelFacts:
             load_balance=float(loss.get("load_balance", config.get("router_aux_loss_coef", 0.01))),
             z=float(loss.get("z", 0.0)),
             experts=_expert_names(recorded, int(experts)),
-            routed="routers" in recorded,
+            routed=_routed(recorded),
         )
     try:
         layout = make_layout(read_dense(config, str(folder)), DENSE, 1)
     except SeedError:  # a family that cannot be mixed can still be trained
         return ModelFacts(kind="dense", config=config)
     return ModelFacts(kind="dense", config=config, layout=layout, seed_parameters=_inner_parameters(layout))
+
+
+def _routed(recorded: Mapping[str, Any]) -> bool:
+    """Whether upcycle.json says that routers were set from text."""
+    routers = recorded.get("routers")
+    return isinstance(routers, dict) and bool(routers)
 
 
 def _expert_names(recorded: Mapping[str, Any], count: int) -> list[str]:

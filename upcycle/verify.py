@@ -5,7 +5,7 @@ as it passes.
 """
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -214,7 +214,7 @@ def _check_tensors(
         found.problems.append(f"{found.folder}: tensor '{name}' is missing")
     found.remade = None if plan is None else 0
     with ExitStack() as stack:
-        made = _made_by(plan, stack, "routers" in read_json(found.folder / PROVENANCE)) if plan else {}
+        made = _made_by(plan, stack, read_json(found.folder / PROVENANCE).get("routers") or {}) if plan else {}
         for name, info in tensors.items():
             with _noting(found):
                 total, finite, same = _read(info, made.get(name), progress)
@@ -233,8 +233,13 @@ def _check_tensors(
                         found.problems.append(f"{info.file}: tensor '{name}' is not what the seeds give")
 
 
-def _made_by(plan: MergePlan, stack: ExitStack, routers_from_text: bool) -> "dict[str, _Stream]":
-    """The bytes of each tensor that the seeds alone give, as a merge would write them, made when they are asked for."""
+def _made_by(plan: MergePlan, stack: ExitStack, from_text: Collection[str]) -> "dict[str, _Stream]":
+    """The bytes of each tensor that the seeds alone give, as a merge would write them, made when they are asked for.
+
+    Args:
+        from_text: kinds of routers that were set from text.
+    """
+    routers = {tensor.name for tensor in plan.layout.mixture if tensor.router in from_text}
     reader, buffers = Reader(plan, stack), Buffers()
 
     def made(tensor: PlannedTensor) -> _Stream:
@@ -242,7 +247,7 @@ def _made_by(plan: MergePlan, stack: ExitStack, routers_from_text: bool) -> "dic
 
     def needs_text(tensor: PlannedTensor) -> bool:
         by_usage = any(part.by_usage for group in tensor.groups for part in group.parts)
-        return by_usage or (tensor.init is not None and routers_from_text)
+        return by_usage or tensor.name in routers
 
     return {tensor.name: made(tensor) for tensor in plan.tensors if not needs_text(tensor)}
 
