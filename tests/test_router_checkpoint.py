@@ -8,14 +8,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, MixtralForCausalLM
 
 from tests.conftest import run_cli
 from tests.test_routers import texts
-from tests.tiny import VOCAB, mixtral_config
+from tests.tiny import VOCAB, edit_json, mixtral_config
 from upcycle.checksums import read_sums
-from upcycle.errors import OutputError, RecipeError
+from upcycle.errors import CheckpointError, OutputError, RecipeError
 from upcycle.merge import merge
 from upcycle.plan import plan_merge
 from upcycle.recipe import load_recipe, parse_recipe
@@ -239,3 +239,86 @@ def test_the_command_line_sets_routers_of_a_mixture(seeds: list[Path], files: li
     done = run_cli("routers", tmp_path / "btx", "--data", *files, "--out", tmp_path / "there", "--json", "--yes")
     assert done.returncode == 0, done.stderr
     assert set(json.loads(done.stdout)) == {"out", "router_accuracy", "seconds"}
+
+
+def test_a_config_that_asks_for_router_logits_does_no_harm(tmp_path: Path) -> None:
+    config = mixtral_config()
+    config.output_router_logits = True
+    MixtralForCausalLM(config).save_pretrained(tmp_path / "mixtral")
+    text = RouterText(list("0123"), [*texts().windows, texts().windows[0] % 7 + 3])
+    settings = router_settings(tmp_path / "mixtral", read_facts(tmp_path / "mixtral"), "fit")
+    assert len(init_routers(tmp_path / "mixtral", tmp_path / "out", text, settings).accuracy["ffn"]) == 2
+
+
+def test_text_that_no_router_is_set_from_is_refused_unless_it_weights_embeddings(seeds: list[Path]) -> None:
+    read, text = read_seeds([str(seed) for seed in seeds]), text_for().record()
+    zeros = ["router.ffn.init=zeros", "router.attention.init=zeros"]
+    assert plan_merge(load_recipe("bam", zeros), read, text=text).recipe.from_text() == {}
+    with pytest.raises(RecipeError, match="initialises nothing from text"):
+        plan_merge(load_recipe("bam", [*zeros, "mix.embedding=mean", "mix.head=mean"]), read, text=text)
+
+
+def test_damage_is_not_signed_anew(seeds: list[Path], tmp_path: Path) -> None:
+    merge(plan_merge(load_recipe("bam"), read_seeds([str(seed) for seed in seeds])), tmp_path / "out")
+    settings = router_settings(tmp_path / "out", read_facts(tmp_path / "out"), "fit")
+    (tmp_path / "out" / "tokenizer.json").write_text("{}")
+    with pytest.raises(CheckpointError, match=r"tokenizer\.json is not what its checksum says"):
+        init_routers(tmp_path / "out", tmp_path / "again", text_for(), settings)
+    assert not (tmp_path / "again").exists()
+
+
+def test_weights_that_are_not_finite_are_named(seeds: list[Path], tmp_path: Path) -> None:
+    merge(plan_merge(load_recipe("bam"), read_seeds([str(seed) for seed in seeds])), tmp_path / "out")
+    (tmp_path / "out" / "upcycle.sums.json").unlink()
+    tensors = load_file(tmp_path / "out" / "model.safetensors")
+    tensors["dense.model.layers.0.mlp.experts.down_proj"][0, 0, 0] = float("nan")
+    save_file(tensors, tmp_path / "out" / "model.safetensors", {"format": "pt"})
+    settings = router_settings(tmp_path / "out", read_facts(tmp_path / "out"), "fit")
+    with pytest.raises(CheckpointError, match="layer 1, attention router: its input is not finite"):
+        init_routers(tmp_path / "out", tmp_path / "again", text_for(), settings)
+
+
+def test_routers_of_the_other_kind_keep_their_record(seeds: list[Path], tmp_path: Path) -> None:
+    merged_with_text(seeds, tmp_path / "out", "bam", "router.ffn.init=fit")
+    found = verify(tmp_path / "out", [str(seed) for seed in seeds])
+    assert (found.problems, found.from_text) == ([], 4)  # attention's routers are random, as the seeds' plan has them
+    settings = router_settings(tmp_path / "out", read_facts(tmp_path / "out"), "prototypes", only="attention")
+    init_routers(tmp_path / "out", tmp_path / "again", text_for(), settings)
+    record = json.loads((tmp_path / "again" / "upcycle.json").read_text())["routers"]
+    assert (record["ffn"]["init"], record["attention"]["init"]) == ("fit", "prototypes")
+    assert record["ffn"] == json.loads((tmp_path / "out" / "upcycle.json").read_text())["routers"]["ffn"]
+
+
+def test_a_trained_mixture_is_said_to_have_lost_its_routers(seeds: list[Path], tmp_path: Path) -> None:
+    merged_with_text(seeds, tmp_path / "out")
+    (tmp_path / "out" / "train.json").write_text("{}")
+    settings = router_settings(tmp_path / "out", read_facts(tmp_path / "out"), "fit")
+    for again in (False, True):  # and can be overwritten like any result
+        init_routers(tmp_path / "out", tmp_path / "again", text_for(), settings, overwrite=again)
+    assert not (tmp_path / "again" / "train.json").exists()
+    assert "set anew, from text, after it was trained" in (tmp_path / "again" / "README.md").read_text()
+
+
+def test_a_recipe_without_scale_stays_without(seeds: list[Path], tmp_path: Path) -> None:
+    merged_with_text(seeds, tmp_path / "out", "bam", "router.ffn.keep_scale=false")
+    settings = router_settings(tmp_path / "out", read_facts(tmp_path / "out"), "fit")
+    init_routers(tmp_path / "out", tmp_path / "again", text_for(), settings)
+    for name in ("out", "again"):
+        assert "ffn_scale" not in json.loads((tmp_path / name / "config.json").read_text())
+
+
+def test_a_scale_that_fits_no_model_is_refused(seeds: list[Path], tmp_path: Path) -> None:
+    merged_with_text(seeds, tmp_path / "out")
+    for scale, message in (
+        ([1.0], "has 1 numbers, but there are 2 layers"),
+        ([1.0, "x"], "expected a list of numbers"),
+    ):
+        edit_json(tmp_path / "out" / "config.json", ffn_scale=scale)
+        with pytest.raises(CheckpointError, match=message):
+            read_facts(tmp_path / "out")
+
+
+def test_softness_of_no_use_is_refused(mixture: Path) -> None:
+    for softness in (0.0, -1.0, 1e6, float("nan")):
+        with pytest.raises(RecipeError, match="--softness"):
+            router_settings(mixture, read_facts(mixture), "fit", softness)

@@ -141,3 +141,11 @@ def test_the_scale_makes_up_for_soft_gates(top_k: int, tmp_path: Path) -> None:
         model(torch.from_numpy(held_back))
     assert [float(one) for one in sums] == pytest.approx([1.0, 1.0], abs=1e-4)
     assert all(float(layer.mlp.scale) > 1.05 for layer in model.dense.model.layers)
+
+
+def test_of_few_windows_the_ends_are_held_back() -> None:
+    """Every expert has held-back tokens however short its text is, and none of them is fitted to."""
+    text = texts(per_expert=64, length=32)
+    assert routers._held_back(text, (2, 32)).nonzero()[:, 1].unique().tolist() == [28, 29, 30, 31]
+    whole = texts(per_expert=128)
+    assert routers._held_back(whole, (8, 16)).nonzero()[:, 0].unique().tolist() == [7]
