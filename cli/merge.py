@@ -254,7 +254,7 @@ def run(
         text_helps = (
             "" if plan.recipe.copies else ", or give a little text for each seed (--router-data) to set them from"
         )
-        output.data_line(f"Its routers know nothing yet: train the mixture{text_helps}.")
+        output.data_line(f"Its routers are untrained: train the mixture{text_helps}.")
     if plan.format == "bam" and plan.recipe.ffn_router.top_k == 1 and plan.recipe.ffn_router.normalize:
         output.data_line(
             "With top_k = 1 and normalize = true every gate is 1: the language-model loss gives the FFN routers no "

@@ -11,7 +11,7 @@ from upcycle.card_metadata import commit_of, repository_of
 from upcycle.checkpoint import MODELING_FILES
 from upcycle.licenses import Licensing, licensing, seed_records
 from upcycle.markdown import code, grid, link, listed, plain, table
-from upcycle.report_tables import MISSING, cost_table, describe, mix_facts
+from upcycle.report_tables import MISSING, cost_table, describe, mix_facts, percent
 from upcycle.run_folder import STATE
 from upcycle.run_records import Source
 from upcycle.seeds import VOCABULARIES
@@ -124,7 +124,7 @@ def _accuracy(routed: Mapping[str, Any]) -> str:
         record = routed.get(kind)
         values = record.get("accuracy") if isinstance(record, dict) else None
         if isinstance(values, list) and values and all(isinstance(value, (int, float)) for value in values):
-            found.append(f"{sum(values) / len(values):.0%} of the time in the {name}")
+            found.append(f"{percent(sum(values) / len(values))} of the time in the {name}")
     return f" (right {listed(found)} on text held back from them)" if found else ""
 
 
@@ -139,6 +139,8 @@ def _parts(subject: Subject, recipe: Mapping[str, Any]) -> list[tuple[str, str]]
 
 def _routing(config: Mapping[str, Any]) -> str:
     rescaled = "rescaled to sum to one" if config["norm_topk_prob"] else "as they are"
+    if config.get("ffn_scale"):
+        rescaled = "times one number a layer, such that they sum to one on average"
     text = f"A token uses {config['num_experts_per_tok']} of {config['num_experts']} FFN experts, gates {rescaled}"
     if not config["attention_experts"]:
         return f"{text}; there is one attention."

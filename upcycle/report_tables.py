@@ -150,6 +150,11 @@ def _table(value: object) -> Mapping[str, Any]:
     return value if isinstance(value, dict) else {}
 
 
+def percent(share: float) -> str:
+    """A share in whole percent."""
+    return f"{share:.0%}"
+
+
 def mix_facts(mix: Mapping[str, Any]) -> list[tuple[str, str]]:
     """The roles by the way in which they are mixed."""
     ways: dict[str, list[str]] = {}
