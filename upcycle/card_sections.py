@@ -11,6 +11,7 @@ from upcycle.card_metadata import commit_of, repository_of
 from upcycle.checkpoint import MODELING_FILES
 from upcycle.licenses import Licensing, licensing, seed_records
 from upcycle.markdown import code, grid, link, listed, plain, table
+from upcycle.mixture import router_records
 from upcycle.report_tables import MISSING, cost_table, describe, mix_facts, percent
 from upcycle.run_folder import STATE
 from upcycle.run_records import Source
@@ -58,9 +59,8 @@ class Subject:
 
     @property
     def routed(self) -> Mapping[str, Any]:
-        """What upcycle.json says of routers that were set from text; empty where they were not."""
-        found = self.source.provenance.get("routers")
-        return found if isinstance(found, dict) else {}
+        """What upcycle.json says of routers that were set from text, by kind; empty where they were not."""
+        return router_records(self.source.provenance)
 
     @property
     def place(self) -> str:

@@ -112,6 +112,12 @@ def _recipe(folder: Path, config: Mapping[str, Any], provenance: Mapping[str, An
     return Recipe(name=str(name or "a mixture"), summary="", mix=mix, ffn_router=router)
 
 
+def router_records(provenance: Mapping[str, Any]) -> dict[str, Any]:
+    """What upcycle.json says of routers that were set from text, by kind; nothing where they were not."""
+    found = provenance.get("routers")
+    return dict(found) if isinstance(found, dict) else {}
+
+
 def plan_extract(mixture: Mixture, expert: int) -> MergePlan:
     """Plan the way back: expert number `expert` as a dense checkpoint, with the mixture's shared parameters."""
     pieces: dict[str, list[tuple[Piece, Source]]] = {}

@@ -16,6 +16,7 @@ from upcycle.checksums import file_sum, read_sums, write_sums
 from upcycle.errors import CheckpointError, OutputError, RecipeError
 from upcycle.expert_modules import ffn_scales, selections_are_told
 from upcycle.layerwise import Router, find_routers
+from upcycle.mixture import router_records
 from upcycle.numeric import TORCH_NAMES
 from upcycle.preflight import check_place
 from upcycle.recipe import SOFTNESS, AttentionRouter, FfnRouter
@@ -157,7 +158,7 @@ def init_routers(
             (folder / CARD).unlink(missing_ok=True)
             if (source / RECORD).is_file() and (folder / PROVENANCE).is_file():
                 record = read_json(folder / PROVENANCE)
-                trained = {**(record.get("routers") or {}), "after_training": True}
+                trained = {**router_records(record), "after_training": True}
                 write_json(folder / PROVENANCE, {**record, "routers": trained})
             result, changed = set_checkpoint_routers(folder, text, settings, progress=progress)
             write_card(folder, former)
@@ -230,7 +231,7 @@ def _recorded(
     for fit in fits:
         accuracy.setdefault(fit.router.kind, []).append(round(fit.accuracy, 4))
     record: dict[str, Any] = read_json(folder / PROVENANCE) if (folder / PROVENANCE).is_file() else {}
-    about = dict(record.get("routers") or {})
+    about = router_records(record)
     for kind, values in accuracy.items():
         setting = settings[kind]
         about[kind] = {"init": setting.init, "softness": setting.softness, "accuracy": values, "text": text.record()}

@@ -11,7 +11,7 @@ from upcycle.dense_config import read_dense
 from upcycle.documents import find_files
 from upcycle.errors import CheckpointError, SeedError, TrainingError
 from upcycle.layout import Layout, make_layout
-from upcycle.mixture import read_mixture
+from upcycle.mixture import read_mixture, router_records
 from upcycle.optimization import parse_trained
 from upcycle.recipe import Recipe
 from upcycle.scaling import DENSE, layout_cost
@@ -189,7 +189,7 @@ def _read_facts(folder: Path, config: Mapping[str, Any]) -> ModelFacts:
             layout=mixture.layout,
             recipe=mixture.recipe,
             seed_parameters=_inner_parameters(mixture.layout),
-            routed=_routed(mixture.provenance),
+            routed=bool(router_records(mixture.provenance)),
         )
     if config.get("num_experts_per_tok"):
         experts = next((config[key] for key in ("num_local_experts", "num_experts") if config.get(key)), 0)
@@ -208,19 +208,13 @@ def _read_facts(folder: Path, config: Mapping[str, Any]) -> ModelFacts:
             load_balance=float(loss.get("load_balance", config.get("router_aux_loss_coef", 0.01))),
             z=float(loss.get("z", 0.0)),
             experts=_expert_names(recorded, int(experts)),
-            routed=_routed(recorded),
+            routed=bool(router_records(recorded)),
         )
     try:
         layout = make_layout(read_dense(config, str(folder)), DENSE, 1)
     except SeedError:  # a family that cannot be mixed can still be trained
         return ModelFacts(kind="dense", config=config)
     return ModelFacts(kind="dense", config=config, layout=layout, seed_parameters=_inner_parameters(layout))
-
-
-def _routed(recorded: Mapping[str, Any]) -> bool:
-    """Whether upcycle.json says that routers were set from text."""
-    routers = recorded.get("routers")
-    return isinstance(routers, dict) and bool(routers)
 
 
 def _expert_names(recorded: Mapping[str, Any], count: int) -> list[str]:

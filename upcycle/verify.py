@@ -30,7 +30,7 @@ from upcycle.dense_config import read_dense
 from upcycle.errors import CheckpointError, UpcycleError
 from upcycle.layout import make_layout
 from upcycle.merge import Buffers, Reader, jobs
-from upcycle.mixture import read_mixture
+from upcycle.mixture import read_mixture, router_records
 from upcycle.numeric import FLOATS, Array, first_not_finite
 from upcycle.plan import MergePlan, PlannedTensor, plan_merge
 from upcycle.recipe import parse_recipe
@@ -214,7 +214,7 @@ def _check_tensors(
         found.problems.append(f"{found.folder}: tensor '{name}' is missing")
     found.remade = None if plan is None else 0
     with ExitStack() as stack:
-        made = _made_by(plan, stack, read_json(found.folder / PROVENANCE).get("routers") or {}) if plan else {}
+        made = _made_by(plan, stack, router_records(read_json(found.folder / PROVENANCE))) if plan else {}
         for name, info in tensors.items():
             with _noting(found):
                 total, finite, same = _read(info, made.get(name), progress)
