@@ -28,6 +28,7 @@ from accelerate import Accelerator
 
 from upcycle.acceleration import speed_up
 from upcycle.backends import Backend, choose_backend, use_backend
+from upcycle.companions import bam_config
 from upcycle.dense_config import read_dense
 from upcycle.layout import Layout, make_layout
 from upcycle.losses import forward_losses
@@ -35,7 +36,6 @@ from upcycle.memory import training_memory
 from upcycle.modeling.configuration_bam import BamConfig
 from upcycle.modeling.modeling_bam import BamForCausalLM
 from upcycle.optimization import make_optimizer
-from upcycle.plan import bam_config
 from upcycle.recipe import Recipe, load_recipe
 from upcycle.scaling import layout_cost
 

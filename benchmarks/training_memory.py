@@ -74,13 +74,13 @@ def train(shape: Shape, steps: int) -> None:
     """Build a random mixture and train it as `upcycle train` does."""
     import torch
 
+    from upcycle.companions import bam_config
     from upcycle.dense_config import read_dense
     from upcycle.layout import make_layout
     from upcycle.losses import forward_losses
     from upcycle.modeling.configuration_bam import BamConfig
     from upcycle.modeling.modeling_bam import BamForCausalLM
     from upcycle.optimization import make_optimizer
-    from upcycle.plan import bam_config
     from upcycle.recipe import load_recipe
 
     recipe = load_recipe(shape.recipe)

@@ -11,10 +11,13 @@ import torch
 
 from tests.conftest import merge_and_load, run_cli
 from tests.test_kernels import BOUNDS, NAMES, Case, draw, error, run
+from tests.test_routers import texts
 from tests.tiny import BY_NAME, make_seeds
 from tests.training import arguments, metrics
 from upcycle.backends import MEASURED, Backend, choose_backend, use_backend
 from upcycle.kernels import reference
+from upcycle.recipe import AttentionRouter, FfnRouter
+from upcycle.routers import set_routers
 from upcycle.side_by_side import run_side_by_side
 from upcycle.weights import decoder_layers
 
@@ -229,6 +232,16 @@ def test_an_evaluation_agrees_with_the_hosts(mixture: Path, data: Mapping[str, s
         found.append(json.loads(done.stdout)["models"][str(mixture)]["mean_loss"])
     assert found[1] == pytest.approx(found[0], abs=1e-3)
     assert found[2] == pytest.approx(found[0], abs=2e-2)  # bf16
+
+
+@pytest.mark.parametrize("name", ["llama", "cohere2"])
+def test_routers_set_on_the_gpu_are_the_hosts(made: Any, name: str) -> None:
+    settings = {"ffn": FfnRouter(init="fit"), "attention": AttentionRouter(init="prototypes")}
+    model, text, routers = made(name, "bam"), texts(), []
+    for device in ("cpu", DEVICE):
+        set_routers(model.to(device), text, settings, dtype=torch.float32)
+        routers.append({name: p.detach().cpu().clone() for name, p in model.named_parameters() if "router" in name})
+    assert_same(routers[1], routers[0], 1e-2)
 
 
 def test_fp32_on_the_gpu_is_fp32_on_the_host(

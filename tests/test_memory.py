@@ -13,12 +13,12 @@ from transformers import AutoModelForCausalLM
 from tests.conftest import run_cli
 from tests.tiny import CASES, dense_config
 from upcycle.backends import Backend, use_backend
+from upcycle.companions import bam_config
 from upcycle.dense_config import read_dense
 from upcycle.layout import Layout, make_layout
 from upcycle.memory import Counter, held, training_memory
 from upcycle.modeling.configuration_bam import BamConfig
 from upcycle.modeling.modeling_bam import BamForCausalLM
-from upcycle.plan import bam_config
 from upcycle.recipe import load_recipe
 from upcycle.scaling import config_training
 

@@ -95,6 +95,28 @@ def test_embeddings_are_weighted_by_what_each_text_has(seeds: list[Path], tmp_pa
         assert not torch.allclose(tensors[f"dense.{name}"].double(), own.mean(0), rtol=2**-8, atol=1e-6)
 
 
+def test_identical_seeds_give_the_dense_model_whatever_the_text(seeds: list[Path], tmp_path: Path) -> None:
+    """With rescaled gates to the bit of rounding; with the scale in the place of that on average alone."""
+    shutil.copytree(seeds[0], tmp_path / "a")
+    same = [f"{name}={tmp_path / 'a'}" for name in NAMES]
+    text = text_for()
+    usage = text.usage(VOCAB)
+    plan = plan_merge(
+        load_recipe("bam", ["router.ffn.normalize=true"]), read_seeds(same), text=text.record(), usage=usage
+    )
+    merge(
+        plan, tmp_path / "out", finish=lambda folder: set_checkpoint_routers(folder, text, plan.recipe.from_text())[1]
+    )
+    dense, mixed = (AutoModelForCausalLM.from_pretrained(tmp_path / n, dtype=torch.float32) for n in ("a", "out"))
+    tokens = torch.from_numpy(text.windows[0][:2])
+    with torch.no_grad():
+        torch.testing.assert_close(mixed(tokens).logits, dense(tokens).logits, atol=1e-4, rtol=0)
+    tensors = load_file(tmp_path / "out" / "model.safetensors")
+    own = load_file(tmp_path / "a" / "model.safetensors")
+    for name in ("model.embed_tokens.weight", "lm_head.weight"):
+        torch.testing.assert_close(tensors[f"dense.{name}"], own[name], rtol=0, atol=0)
+
+
 def test_the_same_text_gives_the_same_bytes(seeds: list[Path], tmp_path: Path) -> None:
     for name in ("one", "two"):
         merged_with_text(seeds, tmp_path / name)

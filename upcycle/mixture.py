@@ -6,21 +6,12 @@ from pathlib import Path
 from typing import Any
 
 from upcycle.checkpoint import CONFIG, PROVENANCE, TensorInfo, read_json, read_tensors
+from upcycle.companions import FORMAT_VERSION, copied_files, dense_config
 from upcycle.dense_config import read_dense
 from upcycle.errors import CheckpointError
 from upcycle.layout import PREFIX, Layout, Piece, make_layout
 from upcycle.numeric import FLOATS
-from upcycle.plan import (
-    FORMAT_VERSION,
-    MergePlan,
-    Part,
-    PlannedGroup,
-    PlannedTensor,
-    Source,
-    SourceCheckpoint,
-    copied_files,
-    dense_config,
-)
+from upcycle.plan import MergePlan, Part, PlannedGroup, PlannedTensor, Source, SourceCheckpoint
 from upcycle.recipe import EXPERTS, MEAN, ROLES, FfnRouter, Recipe
 from upcycle.version import __version__
 

@@ -6,20 +6,19 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from math import prod
 from pathlib import Path
-from typing import Any, Final
+from typing import Any
 
 from upcycle.ancestry import check_related, find_ancestor, fingerprint, sample
-from upcycle.checkpoint import COPIED_FILES, ITEM_SIZE, MODELING_FILES, TOKENIZER_CONFIG, TensorInfo, read_json
+from upcycle.checkpoint import ITEM_SIZE, TensorInfo
+from upcycle.companions import bam_config, copied_files, dense_config, plain_tokenizer_config
 from upcycle.dense_config import DenseModel
 from upcycle.errors import RecipeError, SeedError, did_you_mean
 from upcycle.layout import Group, Layout, MixtureTensor, make_layout
 from upcycle.licenses import seed_records
-from upcycle.numeric import TORCH_NAMES, Array
+from upcycle.numeric import Array
 from upcycle.recipe import EXPERTS, FROM_TEXT, SEED_PREFIX, USAGE, WEIGHTED, Recipe
 from upcycle.seeds import Seed, check_tensors, read_license
 from upcycle.version import __version__
-
-FORMAT_VERSION: Final = 1
 
 
 @dataclass(frozen=True)
@@ -208,7 +207,7 @@ def plan_merge(
         | ({} if text is None else {"router_text": dict(text)}),
         random_seed=random_seed,
         copied=copied_files(first.folder, with_code=is_bam),
-        tokenizer_config=_plain_tokenizer_config(first) if is_bam else None,
+        tokenizer_config=plain_tokenizer_config(first) if is_bam else None,
         layout=layout,
         recipe=recipe,
         usage=usage,
@@ -244,21 +243,6 @@ def _provenance(
         "experts": planner.expert_names() if recipe.ffn_experts else [],
         "random_seed": random_seed,
     }
-
-
-def _plain_tokenizer_config(seed: Seed) -> dict[str, Any] | None:
-    """The tokenizer_config.json with which a mixture tokenizes like its seed, where a copy would not.
-
-    AutoTokenizer takes tokenizer.json of some model types as it is and ignores the class that tokenizer_config.json
-    names. The mixture has another model type, for which the named class would be taken and rebuild parts of it.
-    """
-    path = seed.folder / TOKENIZER_CONFIG
-    if not seed.model.family.plain_tokenizer or not path.is_file() or not (seed.folder / "tokenizer.json").is_file():
-        return None
-    table = read_json(path)
-    if table.get("tokenizer_class") in (None, "PreTrainedTokenizerFast", "TokenizersBackend"):
-        return None
-    return {**table, "tokenizer_class": "PreTrainedTokenizerFast"}
 
 
 def count_experts(recipe: Recipe, num_seeds: int, num_experts: int | None) -> int:
@@ -406,77 +390,3 @@ def _sources(tensor: PlannedTensor) -> Iterator[Source]:
     for group in tensor.groups:
         for part in group.parts:
             yield from part.sources
-
-
-def bam_config(
-    config: Mapping[str, Any], layout: Layout, recipe: Recipe, expert_names: Sequence[str], dtype: str
-) -> dict[str, Any]:
-    """The config.json of a BAM checkpoint: the seed's own config, untouched, and above it what engines read."""
-    sizes, values, num_experts = layout.model.sizes, layout.model.values, len(expert_names)
-    heads = num_experts if recipe.attention_experts else 1
-    key_value_heads = heads if not recipe.shared_key_value else 1
-    taken = {key: config[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id") if key in config}
-    taken |= {key: values[key] for key in ("layer_types", "sliding_window") if key in values}
-    return {
-        "model_type": "bam",
-        "architectures": ["BamForCausalLM"],
-        "auto_map": {
-            "AutoConfig": "configuration_bam.BamConfig",
-            "AutoModel": "modeling_bam.BamModel",
-            "AutoModelForCausalLM": "modeling_bam.BamForCausalLM",
-        },
-        "format_version": FORMAT_VERSION,
-        "dense_config": dict(config),
-        "dense_layout": dense_layout(layout),
-        "num_experts": num_experts,
-        "expert_names": list(expert_names),
-        "num_experts_per_tok": recipe.ffn_router.top_k,
-        "norm_topk_prob": recipe.ffn_router.normalize,
-        "attention_experts": recipe.attention_experts,
-        "shared_key_value": recipe.shared_key_value,
-        "router_aux_loss_coef": recipe.loss.load_balance,
-        "router_z_loss_coef": recipe.loss.z,
-        "output_router_logits": False,
-        "vocab_size": sizes.vocab,
-        "hidden_size": sizes.hidden,
-        "intermediate_size": sizes.inner,
-        "num_hidden_layers": sizes.layers,
-        "num_attention_heads": sizes.heads * heads,
-        "num_key_value_heads": sizes.key_value_heads * key_value_heads,
-        "head_dim": sizes.head_dim,
-        "max_position_embeddings": values["max_position_embeddings"],
-        "tie_word_embeddings": layout.model.tied,
-        "dtype": TORCH_NAMES[dtype],
-        **taken,
-    }
-
-
-def dense_layout(layout: Layout) -> dict[str, Any]:
-    """What modeling_bam.py must know of the seed's modules to widen them; it travels in the config."""
-    family = layout.model.family
-    return {
-        "attention": family.attention,
-        "projections": {name: list(parts) for name, parts in family.qkv.items()},
-        "output": family.output,
-        "qk_norm": family.qk_norm if layout.model.flag(family.qk_norm_key or True) else None,
-        "gated": family.gated,
-        "fused_by_head": family.qkv_by_head,
-    }
-
-
-def dense_config(config: Mapping[str, Any], dtype: str | None) -> dict[str, Any]:
-    """The config.json of a dense result: the seed's, without code that is not copied, in the dtype written."""
-    kept = {key: value for key, value in config.items() if key != "auto_map"}
-    if dtype is None:
-        return kept
-    kept.pop("torch_dtype", None)
-    return {**kept, "dtype": TORCH_NAMES[dtype]}
-
-
-def copied_files(folder: Path, with_code: bool) -> dict[str, Path]:
-    """The files beside the weights that a result takes over, and with `with_code` the model's own code."""
-    files = {name: folder / name for name in COPIED_FILES if (folder / name).is_file()}
-    if with_code:
-        code = Path(__file__).parent / "modeling"
-        files |= {name: code / name for name in MODELING_FILES}
-    return files
