@@ -78,6 +78,20 @@ def test_only_means_that_differ_by_chance_coincide() -> None:
     assert coinciding(inputs, half, 4) == [(2, 3)]
 
 
+def test_two_texts_of_one_kind_are_told_though_their_tokens_differ(tmp_path: Path) -> None:
+    """Each window has words of its own, so that thousands of tokens are a few hundred samples."""
+    model = merge_and_load(make_seeds(BY_NAME["llama"], tmp_path / "seeds"), tmp_path / "out", "bam").eval()
+    random = np.random.default_rng(0)
+
+    def windows(low: int, high: int) -> np.ndarray:
+        words = random.integers(low, high, (256, 8))
+        return np.take_along_axis(words, random.integers(0, 8, (256, 32)), axis=1).astype(np.int64)
+
+    text = RouterText(["a", "b", "c"], [windows(3, 50), windows(3, 50), windows(50, VOCAB)])
+    fits = set_routers(model, text, BOTH, dtype=torch.float32)
+    assert {tuple(fit.alike) for fit in fits} == {((0, 1),)}
+
+
 @pytest.mark.parametrize("name", ["llama", "cohere2"])
 @pytest.mark.parametrize("init", ["fit", "prototypes"])
 def test_tokens_find_their_own_expert(name: str, init: str, tmp_path: Path) -> None:

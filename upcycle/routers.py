@@ -36,7 +36,7 @@ class RouterFit:
     Attributes:
         accuracy: share of the held-back tokens whose largest gate is their own expert's, every expert's text counting
             alike.
-        alike: pairs of experts whose mean inputs differ no more than chance would have it.
+        alike: pairs of experts whose mean inputs lie no further apart than chance would have it.
     """
 
     router: Router
@@ -85,6 +85,7 @@ def set_routers(
     experts, length = len(text.experts), windows.shape[1]
     labels = torch.cat([torch.full(one.shape, number) for number, one in enumerate(text.windows)]).flatten().to(device)
     held_back = torch.cat([_held_back(text, one.shape) for one in text.windows]).flatten().to(device)
+    kept = int((~held_back).view(-1, length).sum(1).max())  # tokens of a window that are fitted to
     scales = ffn_scales(model)
     fits: list[RouterFit] = []
 
@@ -101,7 +102,9 @@ def set_routers(
         if isinstance(setting, FfnRouter) and router.layer in scales:
             scale = scales[router.layer]
             scale.fill_(1 / gates.topk(setting.top_k, dim=-1).values.sum(-1).mean())
-        fits.append(RouterFit(router, float(torch.stack(shares).mean()), coinciding(known, answers, experts)))
+        by_window = known.view(-1, kept, known.shape[-1]).mean(1)
+        alike = coinciding(by_window, answers.view(-1, kept)[:, 0], experts)
+        fits.append(RouterFit(router, float(torch.stack(shares).mean()), alike))
 
     model.eval()
     batch = max(1, BATCH_TOKENS // length)
@@ -159,9 +162,14 @@ def prototypes(inputs: torch.Tensor, labels: torch.Tensor, experts: int) -> torc
     return (means - means.mean(0)) / variance.mean().clamp(min=1e-12)
 
 
-def coinciding(inputs: torch.Tensor, labels: torch.Tensor, experts: int) -> list[tuple[int, int]]:
-    """Pairs of experts whose mean inputs lie no further apart than chance puts the means of so many tokens."""
-    means, variance = _means(inputs, labels, experts)
+def coinciding(windows: torch.Tensor, labels: torch.Tensor, experts: int) -> list[tuple[int, int]]:
+    """Pairs of experts whose texts look the same: their means lie no further apart than windows of one text do.
+
+    Args:
+        windows: `[W, D]`, the mean input of each window: tokens of one window are no independent sample.
+        labels: `[W]`.
+    """
+    means, variance = _means(windows, labels, experts)
     counts = torch.bincount(labels, minlength=experts).clamp(min=1)
     by_chance = variance.sum() * (1 / counts[:, None] + 1 / counts)
     near = torch.cdist(means, means).square() < COINCIDE * by_chance
