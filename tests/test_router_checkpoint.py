@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, MixtralForCausalLM
 from tests.conftest import run_cli
 from tests.test_routers import texts
 from tests.tiny import VOCAB, edit_json, mixtral_config
+from upcycle.card import write_card
 from upcycle.checksums import read_sums
 from upcycle.errors import CheckpointError, OutputError, RecipeError
 from upcycle.merge import merge
@@ -319,6 +320,9 @@ def test_a_trained_mixture_is_said_to_have_lost_its_routers(seeds: list[Path], t
         init_routers(tmp_path / "out", tmp_path / "again", text_for(), settings, overwrite=again)
     assert not (tmp_path / "again" / "train.json").exists()
     assert "set anew, from text, after it was trained" in (tmp_path / "again" / "README.md").read_text()
+    (tmp_path / "again" / "train.json").write_text("{}")  # and trained once more
+    write_card(tmp_path / "again", "")
+    assert "set anew" not in (tmp_path / "again" / "README.md").read_text()
 
 
 def test_a_recipe_without_scale_stays_without(seeds: list[Path], tmp_path: Path) -> None:

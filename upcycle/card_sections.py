@@ -51,11 +51,14 @@ class Subject:
 
     @property
     def untrained(self) -> bool:
-        """Whether its routers are as the merge made them; a training's own checkpoints have its record above them."""
-        source = self.source
-        merged = source.provenance.get("format") == "bam"
-        retrained = source.training is not None or (source.folder / STATE).is_dir()
-        return merged and not retrained and not self.routed.get("after_training")
+        """Whether its routers are as the merge, or text, made them."""
+        merged = self.source.provenance.get("format") == "bam"
+        return merged and not self.in_training and not self.routed.get("after_training")
+
+    @property
+    def in_training(self) -> bool:
+        """Whether a training wrote it; a training's own checkpoints have its record above them."""
+        return self.source.training is not None or (self.source.folder / STATE).is_dir()
 
     @property
     def routed(self) -> Mapping[str, Any]:
@@ -104,7 +107,7 @@ def what_it_is(subject: Subject) -> str:
             f"expert they learned which expert's text a token comes from{_accuracy(subject.routed)}. Training makes it "
             "better."
         )
-    elif subject.routed.get("after_training"):
+    elif subject.routed.get("after_training") and not subject.in_training:
         paragraphs.append(
             "> **Its routers were set anew, from text, after it was trained**, and it was not trained since"
             f"{_accuracy(subject.routed)}."
