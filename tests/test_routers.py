@@ -11,7 +11,7 @@ from tests.tiny import BY_NAME, VOCAB, make_seeds
 from upcycle import routers
 from upcycle.recipe import AttentionRouter, FfnRouter
 from upcycle.router_text import RouterText
-from upcycle.routers import coinciding, logistic, prototypes, set_routers
+from upcycle.routers import coinciding, fit_warnings, logistic, prototypes, set_routers
 
 BOTH = {"ffn": FfnRouter(init="fit"), "attention": AttentionRouter(init="fit")}
 
@@ -105,7 +105,7 @@ def test_tokens_find_their_own_expert(name: str, init: str, tmp_path: Path) -> N
         (1, "ffn"),
     ]
     assert min(fit.accuracy for fit in fits) > 0.6  # of 1/3 by chance
-    assert [warning for fit in fits for warning in fit.warnings("abc")] == []
+    assert fit_warnings(fits, "abc") == []
 
 
 def test_routers_that_are_not_named_stay(tmp_path: Path) -> None:
@@ -132,8 +132,9 @@ def test_the_same_text_in_another_order_gives_nearly_the_same_and_in_the_same_or
 def test_texts_that_are_alike_are_told(tmp_path: Path) -> None:
     model = merge_and_load(make_seeds(BY_NAME["llama"], tmp_path / "seeds"), tmp_path / "out", "bam").eval()
     fits = set_routers(model, texts(overlap=True), BOTH, dtype=torch.float32)
-    warnings = [warning for fit in fits for warning in fit.warnings("abc")]
-    assert any("layer 0, attention router: the texts of 'a' and 'b' look the same" in warning for warning in warnings)
+    warnings = fit_warnings(fits, "abc")
+    assert any("the texts of 'a' and 'b' look the same to 4 of 4 routers" in warning for warning in warnings)
+    assert sum("look the same" in warning for warning in warnings) == 3  # one a pair
     assert any("hardly more than by chance (33%)" in warning for warning in warnings)
 
 

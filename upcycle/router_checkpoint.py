@@ -21,7 +21,7 @@ from upcycle.numeric import TORCH_NAMES
 from upcycle.preflight import check_place
 from upcycle.recipe import SOFTNESS, AttentionRouter, FfnRouter
 from upcycle.router_text import RouterText
-from upcycle.routers import RouterFit, set_routers
+from upcycle.routers import RouterFit, fit_warnings, set_routers
 from upcycle.run_folder import RECORD
 from upcycle.staging import check_target, is_part, staging
 from upcycle.training_settings import ModelFacts
@@ -75,14 +75,7 @@ def set_checkpoint_routers(
     Raises:
         CheckpointError: an architecture whose routers cannot be set.
     """
-    config = read_json(folder / CONFIG)
-    ffn = settings.get("ffn")
-    if config["model_type"] == "bam" and isinstance(ffn, FfnRouter):
-        scaled = ffn.keep_scale and not config["norm_topk_prob"]
-        config.pop("ffn_scale", None)
-        if scaled:
-            config["ffn_scale"] = [1.0] * config["num_hidden_layers"]
-        write_json(folder / CONFIG, config)
+    config = _with_scale(folder, settings.get("ffn"))
     stored = read_tensors(folder)
     model = load_model(folder).eval()
     if config["model_type"] != "bam":
@@ -116,6 +109,17 @@ def set_checkpoint_routers(
         config["ffn_scale"] = [round(float(scale), 6) for scale in scales.values()]
         write_json(folder / CONFIG, config)
     return _recorded(folder, text, settings, fits), sums
+
+
+def _with_scale(folder: Path, ffn: FfnRouter | AttentionRouter | None) -> dict[str, Any]:
+    """A checkpoint's config, in which FFN routers that are to be set have a scale to be set with them, or none."""
+    config = read_json(folder / CONFIG)
+    if config["model_type"] == "bam" and isinstance(ffn, FfnRouter):
+        config.pop("ffn_scale", None)
+        if ffn.keep_scale and not config["norm_topk_prob"]:
+            config["ffn_scale"] = [1.0] * config["num_hidden_layers"]
+        write_json(folder / CONFIG, config)
+    return config
 
 
 def init_routers(
@@ -236,7 +240,7 @@ def _recorded(
         setting = settings[kind]
         about[kind] = {"init": setting.init, "softness": setting.softness, "accuracy": values, "text": text.record()}
     write_json(folder / PROVENANCE, {**record, "routers": about})
-    warnings = [warning for fit in fits for warning in fit.warnings(text.experts)]
+    warnings = fit_warnings(fits, text.experts)
     length = text.windows[0].shape[1]
     if length < FEW:
         warnings.insert(

@@ -43,20 +43,24 @@ class RouterFit:
     accuracy: float
     alike: Sequence[tuple[int, int]]
 
-    def warnings(self, experts: Sequence[str]) -> list[str]:
-        """What is wrong with it, in sentences."""
-        where, chance = self.router.where, 1 / len(experts)
-        found = [
-            f"{where}: the texts of '{experts[a]}' and '{experts[b]}' look the same to it, so it cannot tell these "
-            "experts apart"
-            for a, b in self.alike
-        ]
-        if self.accuracy < BARELY * chance:
+
+def fit_warnings(fits: Sequence[RouterFit], experts: Sequence[str]) -> list[str]:
+    """What is wrong with routers: a sentence for each pair of texts, and for each router that learned nothing."""
+    found = []
+    for a, b in sorted({pair for fit in fits for pair in fit.alike}):
+        count = sum((a, b) in fit.alike for fit in fits)
+        found.append(
+            f"the texts of '{experts[a]}' and '{experts[b]}' look the same to {count} of {len(fits)} routers, which "
+            "cannot tell these experts apart; give each a text of its own kind"
+        )
+    chance = 1 / len(experts)
+    for fit in fits:
+        if fit.accuracy < BARELY * chance:
             found.append(
-                f"{where}: {self.accuracy:.0%} of the tokens find their own expert, hardly more than by chance "
-                f"({chance:.0%})"
+                f"{fit.router.where}: {fit.accuracy:.0%} of the tokens find their own expert, hardly more than by "
+                f"chance ({chance:.0%})"
             )
-        return found
+    return found
 
 
 def set_routers(
