@@ -1,5 +1,6 @@
 """The Hugging Face folder: what is in it, safetensors headers, shards and their index, JSON of bounded size."""
 
+import io
 import json
 import os
 from collections.abc import Callable, Mapping, Sequence
@@ -99,7 +100,9 @@ def parse_json(data: bytes, limit: int = MAX_VALUES, unquoted: int = MAX_UNQUOTE
     for start in range(0, len(data) - unquoted, unquoted):
         if data.find(b'"', start, start + unquoted) < 0:
             raise ValueError(f"{unquoted:,} bytes from byte {start:,} hold no quotation mark; one value is too large")
-    return json.loads(data, **options)
+    text = data.decode("utf-8-sig")
+    del data  # of a text in four bytes a character the parser needs the memory
+    return json.loads(text, **options)
 
 
 def _is_shallow(value: Any) -> bool:
@@ -300,4 +303,7 @@ def write_json(path: Path, value: Mapping[str, Any]) -> None:
 
 def json_bytes(value: Mapping[str, Any]) -> bytes:
     """An object as `write_json` writes it."""
-    return (json.dumps(value, indent=2, sort_keys=True) + "\n").encode("ascii")
+    text = io.StringIO()  # json.dumps would hold every piece of a large one at once
+    json.dump(value, text, indent=2, sort_keys=True)
+    text.write("\n")
+    return text.getvalue().encode("ascii")
