@@ -57,7 +57,9 @@ class Mixture(nn.Module):
     def __init__(self, experts: int, hidden: int, inner: int, device: torch.device) -> None:
         super().__init__()
         dense = SimpleNamespace(hidden_size=hidden, intermediate_size=inner, hidden_act="silu")
-        config: Any = SimpleNamespace(num_experts=experts, dense_config=dense, _experts_implementation="eager")
+        config: Any = SimpleNamespace(
+            num_experts=experts, granularity=1, dense_config=dense, _experts_implementation="eager"
+        )
         with torch.device(device):
             self.stack: Any = BamExperts(config, gated=True, bias=False).to(BF16)
         self.stack.has_gate, self.stack.has_bias = True, False

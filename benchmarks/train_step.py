@@ -36,7 +36,8 @@ from upcycle.memory import training_memory
 from upcycle.modeling.configuration_bam import BamConfig
 from upcycle.modeling.modeling_bam import BamForCausalLM
 from upcycle.optimization import make_optimizer
-from upcycle.recipe import Recipe, load_recipe
+from upcycle.recipe import Recipe
+from upcycle.recipe_file import load_recipe
 from upcycle.scaling import layout_cost
 
 SECONDS = 260.0

@@ -81,7 +81,7 @@ def train(shape: Shape, steps: int) -> None:
     from upcycle.modeling.configuration_bam import BamConfig
     from upcycle.modeling.modeling_bam import BamForCausalLM
     from upcycle.optimization import make_optimizer
-    from upcycle.recipe import load_recipe
+    from upcycle.recipe_file import load_recipe
 
     recipe = load_recipe(shape.recipe)
     layout = make_layout(read_dense(shape.config(), "the benchmark"), recipe, EXPERTS)

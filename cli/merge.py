@@ -39,6 +39,10 @@ Dtype = Annotated[
     Literal["bf16", "fp16", "fp32"] | None, typer.Option(help="Convert every tensor; else the seeds' own.")
 ]
 NumExperts = Annotated[int | None, typer.Option(max=1024, help="Copies of the seed, for recipes that copy one.")]
+Format = Annotated[
+    Literal["auto", "native", "bam"],
+    typer.Option(help="native: a mixture class of transformers' own; bam: ours; auto: native where that is exact."),
+]
 RandomSeed = Annotated[int, typer.Option(min=0, max=2**63, help="From which the routers are drawn.")]
 Unrelated = Annotated[bool, typer.Option("--allow-unrelated", help="Mix seeds that share no ancestor.")]
 MaxShardSize = Annotated[str, typer.Option(help="Bytes of weights in one file: 5GB, 500MB, ...")]
@@ -60,6 +64,7 @@ def merge(
     dtype: Dtype = None,
     overrides: Overrides = None,
     num_experts: NumExperts = None,
+    format: Format = "auto",
     random_seed: RandomSeed = 0,
     router_data: RouterData = None,
     router_tokens: RouterTokens = 16_384,
@@ -81,7 +86,7 @@ def merge(
 
     if license and not push_to:
         raise typer.BadParameter("--license is for --push-to")
-    made = read_merge(seeds, recipe, overrides or [], dtype, num_experts, random_seed, allow_unrelated)
+    made = read_merge(seeds, recipe, overrides or [], dtype, num_experts, random_seed, allow_unrelated, format)
     make, read = made.plan, made.seeds
     names = [seed.name for seed in read]
     # Only the option and the recipe are looked at so far, and what can be planned before the text is read.
@@ -91,7 +96,7 @@ def merge(
         check_names(list(sources), names, option)
     plan = make(read, text={} if sources else None)
     shard_bytes = parse_size(max_shard_size)
-    experts = plan.num_experts if plan.format == "bam" else len(plan.sources)
+    experts = len(plan.sources) if plan.format == "dense" else plan.num_experts
     target = out or Path(f"{plan.recipe.name}-{experts}x")
     check_target(target, yes, [source.folder for source in plan.sources])
     if dry_run:
@@ -132,10 +137,11 @@ def read_merge(
     num_experts: int | None,
     random_seed: int,
     allow_unrelated: bool,
+    format: str,
 ) -> Inputs:
     """Read recipe and seeds."""
     from upcycle.plan import plan_merge
-    from upcycle.recipe import load_recipe
+    from upcycle.recipe_file import load_recipe
     from upcycle.seeds import read_seeds
 
     loaded = load_recipe(recipe, overrides)
@@ -146,6 +152,7 @@ def read_merge(
         num_experts=num_experts,
         random_seed=random_seed,
         allow_unrelated=allow_unrelated,
+        format=format,
     )
     read = read_seeds(seeds)
     for seed, spec in zip(read, seeds, strict=True):
@@ -171,13 +178,15 @@ def show_plan(
     seeds = [source.name for source in plan.sources]
     if as_json:
         about = {"format": plan.format, "model_type": plan.config["model_type"], "num_experts": plan.num_experts}
-        about |= {"download_bytes": download_bytes(read)}
+        about |= {"download_bytes": download_bytes(read), "native_misfit": plan.native_misfit}
         output.data_object(
             {"recipe": plan.recipe.name, "seeds": seeds, "out": out and str(out), **about, **asdict(cost)}
         )
         return
     title = f"{plan.recipe.name} of {', '.join(seeds)} ({plan.layout.model.family.architecture}), format {plan.format}"
     output.cost_table(title, cost, dense, context)
+    if plan.native_misfit and plan.format == "bam":
+        output.data_line(f"Why BAM's format and no class of transformers' own: {plan.native_misfit}.")
     if any(seed.remote for seed in read):
         output.data_line(f"To be downloaded: {output.size(download_bytes(read))}")
 
@@ -241,7 +250,8 @@ def run(
         finally:
             output.data_object(about)
         return
-    experts = f"{plan.num_experts} experts, " if plan.format == "bam" else "dense, "
+    mixed = plan.format != "dense"
+    experts = f"{plan.num_experts} experts, format {plan.format}, " if mixed else "dense, "
     output.data_line(
         f"{out}: {experts}{output.count(cost.total_parameters)} parameters, "
         f"{output.count(cost.active_parameters)} active per token, "
@@ -250,12 +260,14 @@ def run(
     if routers:
         show_warnings(routers)
         output.data_line(f"Routers are set from text; {routers.summary()}.")
-    elif plan.format == "bam":
+    elif mixed:
         text_helps = (
             "" if plan.recipe.copies else ", or give a little text for each seed (--router-data) to set them from"
         )
         output.data_line(f"Its routers are untrained: train the mixture{text_helps}.")
-    if plan.format == "bam" and plan.recipe.ffn_router.top_k == 1 and plan.recipe.ffn_router.normalize:
+    if mixed and plan.native_misfit:
+        output.data_line(f"Why BAM's format and no class of transformers' own: {plan.native_misfit}.")
+    if mixed and plan.recipe.ffn_active == 1 and plan.recipe.ffn_router.normalize:
         output.data_line(
             "With top_k = 1 and normalize = true every gate is 1: the language-model loss gives the FFN routers no "
             "gradient. To train them, take normalize = false, as the paper does."

@@ -10,6 +10,7 @@ from . import output
 from .merge import (
     DTYPES,
     Dtype,
+    Format,
     Json,
     MaxShardSize,
     NumExperts,
@@ -32,6 +33,7 @@ def plan(
         Path | None, typer.Option(help="A dense model's config.json instead of seeds, with --num-experts.")
     ] = None,
     num_experts: NumExperts = None,
+    format: Format = "auto",
     overrides: Overrides = None,
     dtype: Dtype = None,
     context: Annotated[
@@ -62,18 +64,18 @@ def plan(
     if seeds and gpus:
         raise typer.BadParameter("--gpus needs --config; give the config.json of one of the seeds")
     if seeds:
-        made = read_merge(seeds, recipe, overrides or [], dtype, num_experts, 0, allow_unrelated)
+        made = read_merge(seeds, recipe, overrides or [], dtype, num_experts, 0, allow_unrelated, format)
         wants_text = made.recipe.from_text() or made.recipe.prompts
         planned = made.plan(made.seeds, text={} if wants_text else None)
         show_plan(planned, made.seeds, parse_size(max_shard_size), as_json, context=context)
         return
-    from upcycle.recipe import load_recipe
+    from upcycle.recipe_file import load_recipe
     from upcycle.scaling import config_cost, config_training
 
     assert config is not None
     resolved = load_recipe(recipe, overrides or [])
     written = DTYPES[dtype] if dtype else None
-    estimate = config_cost(resolved, config, num_experts, written, parse_size(max_shard_size), context)
+    estimate = config_cost(resolved, config, num_experts, written, parse_size(max_shard_size), context, format)
     training, length = None, sequence_length or context
     if gpus:
         training = config_training(resolved, config, num_experts, gpus, batch_size or 1, length, precision)

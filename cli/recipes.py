@@ -6,7 +6,7 @@ from .merge import Json
 
 def recipes(as_json: Json = False) -> None:
     """List the recipes, their papers and what they need."""
-    from upcycle.recipe import builtin_recipes
+    from upcycle.recipe_file import builtin_recipes
 
     known = builtin_recipes()
     if as_json:

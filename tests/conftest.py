@@ -20,7 +20,7 @@ from tests.hub_server import HubServer
 from tests.tiny import BY_NAME, VOCAB, make_seed, make_seeds
 from upcycle.merge import merge
 from upcycle.plan import plan_merge
-from upcycle.recipe import load_recipe
+from upcycle.recipe_file import load_recipe
 from upcycle.seeds import read_seeds
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -119,11 +119,18 @@ def run_cli(*arguments: object, cwd: Path | None = None, **environment: str) -> 
 
 
 def merge_and_load(
-    paths: Sequence[Path | str], out: Path, recipe: str, *overrides: str, dtype: torch.dtype = torch.float32
+    paths: Sequence[Path | str],
+    out: Path,
+    recipe: str,
+    *overrides: str,
+    dtype: torch.dtype = torch.float32,
+    format: str = "bam",
 ) -> Any:
     """Merge seeds, related or not, and load the mixture."""
     upcycle.register()
-    plan = plan_merge(load_recipe(recipe, overrides), read_seeds([str(path) for path in paths]), allow_unrelated=True)
+    loaded = load_recipe(recipe, overrides)
+    wanted = format if loaded.ffn_experts else "auto"
+    plan = plan_merge(loaded, read_seeds([str(path) for path in paths]), allow_unrelated=True, format=wanted)
     merge(plan, out)
     return AutoModelForCausalLM.from_pretrained(out, dtype=dtype)
 

@@ -11,7 +11,7 @@ from tests.hub_server import HubServer
 from tests.tiny import BY_NAME, make_seeds
 from upcycle.merge import merge
 from upcycle.plan import plan_merge
-from upcycle.recipe import load_recipe
+from upcycle.recipe_file import load_recipe
 from upcycle.seeds import read_seeds
 
 NAME = "org/model"

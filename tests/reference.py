@@ -68,11 +68,7 @@ def build(
     normalize: bool,
 ) -> nn.Module:
     """The mixture of `seeds` (fp32 models) as a float64 model; routers named `{layer}.ffn`, `{layer}.attention`."""
-    model = copy.deepcopy(seeds[0])
-    states = [dict(seed.named_parameters()) for seed in seeds]
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            parameter.copy_(mean([state[name] for state in states]))
+    model = averaged(seeds)
     place = attention_name(model)
     for index, layer in enumerate(model.base_model.layers):
         of_seeds = [seed.base_model.layers[index] for seed in seeds]
@@ -83,6 +79,16 @@ def build(
                 share_key_value(experts, model.config)
             setattr(layer, place, AttentionLoop(experts, routers[f"{index}.attention"]))
     return model.double()
+
+
+def averaged(seeds: Sequence[nn.Module]) -> nn.Module:
+    """The mean of all parameters."""
+    model = copy.deepcopy(seeds[0])
+    states = [dict(seed.named_parameters()) for seed in seeds]
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.copy_(mean([state[name] for state in states]))
+    return model
 
 
 def share_key_value(experts: Sequence[nn.Module], config) -> None:

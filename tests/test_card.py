@@ -29,7 +29,7 @@ from upcycle.licenses import licensing
 from upcycle.merge import merge
 from upcycle.mixture import plan_extract, read_mixture
 from upcycle.plan import plan_merge
-from upcycle.recipe import load_recipe
+from upcycle.recipe_file import load_recipe
 from upcycle.report_tables import number, quantity
 from upcycle.seeds import read_seeds
 

@@ -21,7 +21,7 @@ from upcycle.evaluate import token_losses
 from upcycle.evaluation_inputs import EvaluationOptions
 from upcycle.merge import merge
 from upcycle.plan import plan_merge
-from upcycle.recipe import load_recipe
+from upcycle.recipe_file import load_recipe
 from upcycle.seeds import read_seeds
 
 

@@ -302,7 +302,9 @@ def make_experts(
 ) -> Any:
     """The mixture's own experts with random weights."""
     dense = SimpleNamespace(hidden_size=hidden, intermediate_size=inner, hidden_act=activation)
-    config = SimpleNamespace(num_experts=count, dense_config=dense, _experts_implementation="upcycle_fused")
+    config = SimpleNamespace(
+        num_experts=count, granularity=1, dense_config=dense, _experts_implementation="upcycle_fused"
+    )
     experts = BamExperts(config, gated, bias)
     experts.has_gate, experts.has_bias = gated, bias
     generator = torch.Generator().manual_seed(0)

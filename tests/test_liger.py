@@ -141,7 +141,7 @@ def test_importing_imports_no_liger() -> None:
 
 def make_experts(gated: bool = True, bias: bool = False, activation: str = "silu", experts: int = 4) -> Any:
     dense = SimpleNamespace(hidden_size=35, intermediate_size=19, hidden_act=activation)
-    config = SimpleNamespace(num_experts=experts, dense_config=dense, _experts_implementation=liger.NAME)
+    config = SimpleNamespace(num_experts=experts, granularity=1, dense_config=dense, _experts_implementation=liger.NAME)
     module = BamExperts(config, gated, bias)
     module.has_gate, module.has_bias = gated, bias
     generator = torch.Generator().manual_seed(0)

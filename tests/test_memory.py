@@ -19,7 +19,7 @@ from upcycle.layout import Layout, make_layout
 from upcycle.memory import Counter, held, training_memory
 from upcycle.modeling.configuration_bam import BamConfig
 from upcycle.modeling.modeling_bam import BamForCausalLM
-from upcycle.recipe import load_recipe
+from upcycle.recipe_file import load_recipe
 from upcycle.scaling import config_training
 
 ROOT = Path(__file__).parents[1]
@@ -93,7 +93,7 @@ def test_autograd_keeps_of_a_layer_what_is_counted(case, window, recipe, precisi
     kept, counted = [], []
     for layers in (2, 3):
         model, layout = make_model(case, recipe, layers, window)
-        counter = Counter(layout, recipe, EXPERTS, LENGTH, width, wide, trained, 0, 1)
+        counter = Counter(layout, recipe, LENGTH, width, wide, trained, 0, 1)
         chosen = {tensor.name for tensor in layout.mixture if counter.trained(tensor)}
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(name.replace("lm_head", layout.model.family.head) in chosen)
@@ -117,7 +117,6 @@ def memory(layout, **options):
     return training_memory(
         layout,
         load_recipe("bam"),
-        8,
         **{"sequences": 1, "sequence_length": 2048, "precision": "fp32", **options},
     )
 

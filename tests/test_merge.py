@@ -24,7 +24,7 @@ from upcycle.errors import OutputError, SeedError
 from upcycle.merge import merge
 from upcycle.mixture import find_expert, plan_extract, read_mixture
 from upcycle.plan import plan_merge
-from upcycle.recipe import builtin_recipes, load_recipe
+from upcycle.recipe_file import load_recipe
 from upcycle.seeds import read_seeds
 
 
@@ -181,7 +181,7 @@ def test_weighted_means_and_single_seeds(seeds, tmp_path):
 
 
 def test_sparse_upcycling_copies_one_seed(seeds, tmp_path):
-    merge(make_plan(seeds[:1], "sparse-upcycling", num_experts=5), tmp_path / "out")
+    merge(make_plan(seeds[:1], "sparse-upcycling", num_experts=5, format="bam"), tmp_path / "out")
     result, seed = state(tmp_path / "out"), load_file(seeds[0] / "model.safetensors")
     stacked = result["dense.model.layers.1.mlp.experts.down_proj"]
     assert stacked.shape[0] == 5
@@ -201,22 +201,6 @@ def test_the_average_is_a_dense_model(seeds, tmp_path):
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert type(model).__name__ == "LlamaForCausalLM"
     assert {path.suffix for path in (tmp_path / "out").iterdir()} == {".json", ".safetensors", ".md"}
-
-
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
-def test_every_family_with_every_recipe_loads_and_is_finite(case, tmp_path):
-    paths = make_seeds(case, tmp_path, dtype=torch.bfloat16)
-    x = torch.randint(3, VOCAB, (2, 12))
-    for name, recipe in builtin_recipes().items():
-        if not case.grouped and recipe.shared_key_value:
-            result = run_cli("merge", "--seeds", *paths, "--recipe", name, cwd=tmp_path)
-            assert result.returncode == 1
-            assert "grouped queries" in result.stderr
-            continue
-        copies = {"num_experts": 3} if recipe.copies else {}
-        merge(make_plan(paths[: 1 if recipe.copies else 3], name, allow_unrelated=True, **copies), tmp_path / name)
-        model = AutoModelForCausalLM.from_pretrained(tmp_path / name, trust_remote_code=True)
-        assert torch.isfinite(model(x, labels=x).loss)
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ import upcycle
 from tests import reference
 from tests.conftest import merge_and_load
 from tests.tiny import CASES, VOCAB, make_seed, make_seeds
-from upcycle.recipe import load_recipe
+from upcycle.recipe_file import load_recipe
 
 upcycle.register()
 

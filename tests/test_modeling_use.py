@@ -15,7 +15,7 @@ from tests.test_modeling import RECIPES, tokens
 from tests.tiny import BY_NAME, CASES, VOCAB, Case, make_seed, make_seeds
 from upcycle.merge import merge
 from upcycle.plan import plan_merge
-from upcycle.recipe import load_recipe
+from upcycle.recipe_file import load_recipe
 from upcycle.seeds import read_seeds
 
 SHOWN = (
@@ -78,8 +78,8 @@ def test_the_config_shows_what_engines_read(tmp_path):
                 continue
             paths = make_seeds(case, tmp_path / f"{case.name}-{recipe}")
             out = tmp_path / f"{case.name}-{recipe}-out"
-            plan = plan_merge(load_recipe(recipe), read_seeds([str(p) for p in paths]), allow_unrelated=True)
-            merge(plan, out)
+            seeds = read_seeds([str(p) for p in paths])
+            merge(plan_merge(load_recipe(recipe), seeds, allow_unrelated=True, format="bam"), out)
             written = json.loads((out / "config.json").read_text())
             config = AutoConfig.from_pretrained(out)
             assert config.get_text_config() is config

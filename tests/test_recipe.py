@@ -3,7 +3,8 @@
 import pytest
 
 from upcycle.errors import RecipeError
-from upcycle.recipe import ROLES, builtin_recipes, load_recipe, parse_recipe
+from upcycle.recipe import ROLES
+from upcycle.recipe_file import builtin_recipes, load_recipe, parse_recipe
 
 
 def test_every_recipe_names_its_paper_and_its_need():

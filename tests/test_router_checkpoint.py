@@ -19,7 +19,7 @@ from upcycle.checksums import read_sums
 from upcycle.errors import CheckpointError, OutputError, RecipeError
 from upcycle.merge import merge
 from upcycle.plan import plan_merge
-from upcycle.recipe import load_recipe, parse_recipe
+from upcycle.recipe_file import load_recipe, parse_recipe
 from upcycle.router_checkpoint import init_routers, router_settings, set_checkpoint_routers
 from upcycle.router_text import RouterText
 from upcycle.seeds import read_seeds

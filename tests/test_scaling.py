@@ -10,7 +10,7 @@ from upcycle.checkpoint import read_json, read_tensors
 from upcycle.dense_config import read_dense
 from upcycle.errors import RecipeError
 from upcycle.layout import make_layout
-from upcycle.recipe import load_recipe
+from upcycle.recipe_file import load_recipe
 from upcycle.scaling import config_cost, layout_cost
 
 PAPER = Path(__file__).parent / "data" / "paper_small.json"
@@ -54,7 +54,7 @@ def test_counts_are_those_of_the_file(case, tmp_path):
     model = read_dense(read_json(tmp_path / "seed" / "config.json"), "x")
     layout = make_layout(model, load_recipe("average"), 1)
     assert dict(layout.dense) == {name: info.shape for name, info in tensors.items()}
-    cost = layout_cost(layout, load_recipe("average"), 1, 0, 1)
+    cost = layout_cost(layout, load_recipe("average"), 0, 1)
     assert cost.total_parameters == sum(prod(info.shape) for info in tensors.values())
 
 

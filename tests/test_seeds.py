@@ -12,7 +12,7 @@ from tests.tiny import BY_NAME, VOCAB, edit_json, make_seed
 from upcycle.ancestry import find_ancestor, fingerprint, relatedness, sample
 from upcycle.errors import SeedError
 from upcycle.plan import plan_merge
-from upcycle.recipe import load_recipe
+from upcycle.recipe_file import load_recipe
 from upcycle.seeds import read_license, read_seed, read_seeds
 
 OUT = "bam-kv-shared-3x"

@@ -31,6 +31,7 @@ CASES = (
     Case("llama-mha", "llama", {"num_key_value_heads": 4}),
     Case("mistral", "mistral", {"sliding_window": 6}),
     Case("qwen2", "qwen2", {"use_sliding_window": True, **_SLIDING}),
+    Case("qwen2-full", "qwen2"),
     Case("qwen3", "qwen3", {"head_dim": 16, "attention_bias": True}),
     Case("gemma2", "gemma2", {"head_dim": 16, **_SLIDING}),
     Case("gemma3_text", "gemma3_text", {"head_dim": 16, **_SLIDING}),

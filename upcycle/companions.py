@@ -17,8 +17,8 @@ def bam_config(
     config: Mapping[str, Any], layout: Layout, recipe: Recipe, expert_names: Sequence[str], dtype: str
 ) -> dict[str, Any]:
     """The config.json of a BAM checkpoint: the seed's own config, untouched, and above it what engines read."""
-    sizes, values, num_experts = layout.model.sizes, layout.model.values, len(expert_names)
-    heads = num_experts if recipe.attention_experts else 1
+    sizes, values = layout.model.sizes, layout.model.values
+    heads = layout.experts if recipe.attention_experts else 1
     key_value_heads = heads if not recipe.shared_key_value else 1
     taken = {key: config[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id") if key in config}
     taken |= {key: values[key] for key in ("layer_types", "sliding_window") if key in values}
@@ -33,12 +33,13 @@ def bam_config(
         "format_version": FORMAT_VERSION,
         "dense_config": dict(config),
         "dense_layout": dense_layout(layout),
-        "num_experts": num_experts,
+        "num_experts": len(expert_names),
         "expert_names": list(expert_names),
-        "num_experts_per_tok": recipe.ffn_router.top_k,
+        "num_experts_per_tok": recipe.ffn_active,
         "norm_topk_prob": recipe.ffn_router.normalize,
         "attention_experts": recipe.attention_experts,
         "shared_key_value": recipe.shared_key_value,
+        **_bam_extras(layout, recipe),
         "router_aux_loss_coef": recipe.loss.load_balance,
         "router_z_loss_coef": recipe.loss.z,
         "output_router_logits": False,
@@ -54,6 +55,25 @@ def bam_config(
         "dtype": TORCH_NAMES[dtype],
         **taken,
     }
+
+
+def _bam_extras(layout: Layout, recipe: Recipe) -> dict[str, Any]:
+    """The keys of what only some mixtures have."""
+    found: dict[str, Any] = {}
+    if recipe.attention_experts and layout.experts != recipe.ffn_count(layout.experts):
+        found["num_attention_experts"] = layout.experts
+    if recipe.attention_experts and recipe.attention_router.routing == "top-k":
+        found["num_attention_experts_per_tok"] = recipe.attention_router.top_k
+        found["norm_topk_attention"] = recipe.attention_router.normalize
+    if recipe.experts.granularity > 1:
+        found["granularity"] = recipe.experts.granularity
+    if recipe.experts.shared:
+        found["num_shared_experts"] = len(recipe.experts.shared)
+    if recipe.ffn_router.bias:
+        found["router_bias"] = True
+    if len(layout.mixed) < layout.model.sizes.layers:
+        found["mixed_layers"] = list(layout.mixed)
+    return found
 
 
 def dense_layout(layout: Layout) -> dict[str, Any]:

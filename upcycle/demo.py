@@ -29,7 +29,8 @@ from upcycle.evaluation_inputs import EvaluationOptions
 from upcycle.merge import merge
 from upcycle.numeric import Array
 from upcycle.plan import count_experts, plan_merge
-from upcycle.recipe import Recipe, load_recipe
+from upcycle.recipe import Recipe
+from upcycle.recipe_file import load_recipe
 from upcycle.report import write_report
 from upcycle.seeds import read_seeds
 from upcycle.staging import staging

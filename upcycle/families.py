@@ -38,6 +38,8 @@ class Family:
         sliding_every: layer i is sliding unless (i + 1) is a multiple of this (Gemma, Cohere2), 0 for other rules.
         plain_tokenizer: transformers reads tokenizer.json of this model type as it is, whatever tokenizer class
             tokenizer_config.json names; for other types the named class may rebuild parts of it.
+        native: model type of transformers' mixture class whose layers are the family's (`native.py`), if there is one.
+        token_ids: what transformers assumes for bos, eos and pad where a config leaves them out.
         dropped: endings of tensor names that old checkpoints hold and no model reads (buffers).
     """
 
@@ -67,6 +69,8 @@ class Family:
     partial_rotary_factor: float | None = None
     sliding_every: int = 0
     plain_tokenizer: bool = False
+    native: str = ""
+    token_ids: tuple[int | None, int | None, int | None] = (None, None, None)
     dropped: tuple[str, ...] = ("rotary_emb.inv_freq",)
 
 
@@ -130,6 +134,8 @@ _QWEN: Final = {
 FAMILIES: Final[Mapping[str, Family]] = {
     "llama": Family(
         architecture="LlamaForCausalLM",
+        native="mixtral",
+        token_ids=(1, 2, None),
         defaults={
             **_COMMON,
             **_7B,
@@ -145,6 +151,8 @@ FAMILIES: Final[Mapping[str, Family]] = {
     ),
     "mistral": Family(
         architecture="MistralForCausalLM",
+        native="mixtral",
+        token_ids=(1, 2, None),
         plain_tokenizer=True,
         defaults={
             **_COMMON,
@@ -158,9 +166,10 @@ FAMILIES: Final[Mapping[str, Family]] = {
             "sliding_window": 4096,
         },
     ),
-    "qwen2": Family(architecture="Qwen2ForCausalLM", defaults=_QWEN, qkv_bias=True),
+    "qwen2": Family(architecture="Qwen2ForCausalLM", native="qwen2_moe", defaults=_QWEN, qkv_bias=True),
     "qwen3": Family(
         architecture="Qwen3ForCausalLM",
+        native="qwen3_moe",
         defaults={**_QWEN, "head_dim": 128, "attention_bias": False},
         qkv_bias="attention_bias",
         output_bias="attention_bias",
@@ -210,6 +219,8 @@ FAMILIES: Final[Mapping[str, Family]] = {
     ),
     "cohere2": Family(
         architecture="Cohere2ForCausalLM",
+        native="cohere2_moe",
+        token_ids=(5, 255_001, 0),
         defaults={**_COHERE, "sliding_window": 4096, "layer_types": None},
         qkv_bias="attention_bias",
         output_bias="attention_bias",
@@ -218,6 +229,8 @@ FAMILIES: Final[Mapping[str, Family]] = {
     ),
     "olmo2": Family(
         architecture="Olmo2ForCausalLM",
+        native="flex_olmo",
+        token_ids=(None, 50_279, 1),
         plain_tokenizer=True,
         defaults={**_COMMON, **_7B, "vocab_size": 50_304, "rms_norm_eps": 1e-5, "attention_bias": False},
         qkv_bias="attention_bias",
@@ -227,6 +240,8 @@ FAMILIES: Final[Mapping[str, Family]] = {
     ),
     "granite": Family(
         architecture="GraniteForCausalLM",
+        native="granitemoe",
+        token_ids=(1, 2, None),
         plain_tokenizer=True,
         defaults={
             **_COMMON,

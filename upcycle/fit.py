@@ -33,7 +33,6 @@ def step_memory(settings: Settings, facts: ModelFacts) -> tuple[TrainingMemory, 
     memory = training_memory(
         facts.layout,
         facts.recipe,
-        facts.num_experts,
         sequences=settings.micro_batch_size,
         sequence_length=settings.sequence_length,
         precision=settings.precision,

@@ -9,10 +9,10 @@ from upcycle.dense_config import DenseModel, read_dense
 from upcycle.errors import CheckpointError, RecipeError
 from upcycle.hub import look_up, read_remote_tensors
 from upcycle.layout import make_layout
-from upcycle.mixture import read_mixture
+from upcycle.mixture import is_mixture, read_mixture
 from upcycle.numeric import TORCH_NAMES
 from upcycle.plan import check_recipe
-from upcycle.recipe import builtin_recipes
+from upcycle.recipe_file import builtin_recipes
 from upcycle.scaling import DEFAULT_CONTEXT, DENSE, Cost, dense_cost, layout_cost
 
 
@@ -52,7 +52,7 @@ def inspect_checkpoint(folder: Path, tensors: Mapping[str, TensorInfo] | None = 
         CheckpointError, SeedError: neither, or a damaged one.
     """
     config = read_json(folder / CONFIG)
-    if config.get("model_type") == "bam":
+    if is_mixture(folder, config):
         mixture = read_mixture(folder, tensors)
         tensors, layout, recipe, experts = mixture.tensors, mixture.layout, mixture.recipe, mixture.experts
     else:
@@ -68,9 +68,9 @@ def inspect_checkpoint(folder: Path, tensors: Mapping[str, TensorInfo] | None = 
         for kind in {i.dtype for i in tensors.values()}
     )[1]
     count = max(1, len(experts))
-    cost = layout_cost(layout, recipe, count, sum(ends.values()), DEFAULT_CONTEXT)
+    cost = layout_cost(layout, recipe, sum(ends.values()), DEFAULT_CONTEXT)
     return Inspection(
-        format="bam" if experts else "dense",
+        format="native" if layout.native else "bam" if experts else "dense",
         model_type=config["model_type"],
         family=layout.model.family.architecture,
         num_experts=count,

@@ -112,8 +112,8 @@ class Measurement:
         return result, sums
 
     def _own_expert(self, domain: str) -> int | None:
-        """The number of the expert that came from a domain; native mixtures have no names for theirs."""
-        experts = list(self.facts.experts) if self.facts.kind == "bam" else []
+        """The number of the expert that came from a domain, where experts have names."""
+        experts = [] if all(name.isdecimal() for name in self.facts.experts) else list(self.facts.experts)
         return experts.index(domain) if domain in experts else None
 
     def _routing(self, domains: Mapping[str, Any], windows: list[torch.Tensor]) -> dict[str, Any]:

@@ -58,7 +58,6 @@ class Stage:
 def training_memory(
     layout: Layout,
     recipe: Recipe,
-    num_experts: int,
     *,
     sequences: int,
     sequence_length: int,
@@ -88,7 +87,7 @@ def training_memory(
         raise ValueError(f"precision {precision!r}, optimizer {optimizer!r} or trained {trained!r} is unknown")
     width = BF16 if precision == "bf16" else FP32
     wide = width if shards > 1 else FP32
-    counter = Counter(layout, recipe, num_experts, sequence_length, width, wide, trained, lora_rank, shards)
+    counter = Counter(layout, recipe, sequence_length, width, wide, trained, lora_rank, shards)
     stages = counter.stages(sequences * sequence_length, activation_checkpointing, loss_head)
     weights = sum(held(tensor, tensor.size + counter.adapters(tensor), shards) for tensor in layout.mixture)
     parameters = sum(held(tensor, counter.trained(tensor), shards) for tensor in layout.mixture)
@@ -125,7 +124,6 @@ class Counter:
 
     layout: Layout
     recipe: Recipe
-    num_experts: int
     length: int
     width: int  # bytes of a number that a product computes
     wide: int  # of one that autocast leaves in fp32: in the stream between blocks and in norms
@@ -135,17 +133,18 @@ class Counter:
 
     @cached_property
     def tensors(self) -> dict[str, list[MixtureTensor]]:
-        """The tensors of each stage; of the layers, which are all alike, the first's."""
+        """The tensors of each stage; of the layers the first's with experts, as if all were like it."""
         family, places = self.layout.model.family, defaultdict(list)
+        layer = self.layout.mixed[0] if self.layout.mixed else 0
         for tensor in self.layout.mixture:
             _, inside, at = tensor.name.partition(f"{family.base}.layers.")
             if not inside:  # a tied embedding is the output head
                 places["embedding" if tensor.active == "lookup" else "head"].append(tensor)
-            elif at.startswith(f"0.{family.attention}."):
+            elif at.startswith(f"{layer}.{family.attention}."):
                 places["output" if f"{family.attention}.{family.output}." in at else "projections"].append(tensor)
-            elif at.startswith("0.mlp."):
+            elif at.startswith(f"{layer}.mlp."):
                 places["ffn_out" if family.ffn_out in at or "down_proj" in at else "ffn_in"].append(tensor)
-            elif at.startswith("0."):
+            elif at.startswith(f"{layer}."):
                 places["norms"].append(tensor)
         return places
 
@@ -218,7 +217,7 @@ class Counter:
     def attention(self, masked: bool) -> tuple[Pair, Pair]:
         """Norms and projections; the attention itself with its output. `masked`: by a window shorter than the text."""
         model, family, sizes, recipe = self.layout.model, self.layout.model.family, self.layout.model.sizes, self.recipe
-        experts, width = self.num_experts if recipe.attention_experts else 1, self.width
+        experts, width = self.layout.experts if recipe.attention_experts else 1, self.width
         heads, query = experts * sizes.heads, experts * sizes.heads * sizes.head_dim
         key_value = (1 if recipe.shared_key_value else experts) * sizes.key_value_heads * sizes.head_dim
         norms = 1 if model.values.get("use_parallel_residual") else len(family.norms)  # there both read the same
@@ -247,10 +246,12 @@ class Counter:
         first = self.read(1 if routed else len(family.ffn_in) * self.learns("ffn_in"))
         if len(family.norms) == 1 and self.wide == self.width:  # side by side, both halves of a block read the same
             first *= not (self.recipe.attention_experts or self.learns("projections"))
-        inner, gathered, top_k = self.width * sizes.inner, 0, self.recipe.ffn_router.top_k
+        inner, gathered, top_k = self.width * sizes.inner, 0, self.recipe.ffn_active
         if routed:
-            inner, gathered = self.width * top_k * sizes.inner, self.width * top_k * sizes.hidden
-            first += 3 * FP32 * self.num_experts + top_k * (4 * INDEX + FP32) + self.learns("ffn_in") * gathered
+            whole = self.recipe.ffn_router.top_k + len(self.recipe.experts.shared)  # FFNs that a token uses
+            inner, gathered = self.width * whole * sizes.inner, self.width * top_k * sizes.hidden
+            first += 3 * FP32 * self.recipe.ffn_count(self.layout.experts)
+            first += top_k * (4 * INDEX + FP32) + self.learns("ffn_in") * gathered
         # The second product's input is free before the activation makes one gradient, or with a gate two.
         kept, made = (3, 2) if family.gated else (1, 1)
         second = (kept + self.learns("ffn_out")) * inner + gathered

@@ -42,7 +42,8 @@ from upcycle.checksums import TensorSum, sums_of, write_sums
 from upcycle.errors import CheckpointError, OutputError, SeedError
 from upcycle.journal import JOURNAL, Journal, identity, stamp
 from upcycle.numeric import FLOATS, Array, first_not_finite, to_float32
-from upcycle.plan import MergePlan, Part, PlannedGroup, PlannedTensor, RandomInit, Source
+from upcycle.perturb import UnitSums, perturbed
+from upcycle.plan import Constant, MergePlan, Part, PlannedGroup, PlannedTensor, RandomInit, Source
 from upcycle.preflight import check_handles, check_place, check_readable_again, check_sources
 from upcycle.staging import check_target, remove, staging
 
@@ -50,6 +51,7 @@ THREADS: Final = 2
 CHUNK: Final = 4 << 20  # bytes a job moves
 MEAN_CHUNK: Final = 1 << 20  # bytes of each source that a mean takes at once: its fp32 sums stay in the cache
 CONTIGUOUS: Final = 256 << 10  # blocks from this size on are copied by themselves, smaller ones assembled in a buffer
+KEPT_SUMS: Final = 16  # FFN matrices
 WRITE_BACK: Final = 16 << 20  # after so many bytes of a file, the kernel is asked to write them to the disk
 
 
@@ -274,6 +276,8 @@ class Reader:
         self.descriptors: dict[Path, int] = {}
         for file in sorted({info.file for source in plan.sources for info in source.tensors.values()}):
             self.descriptors[file] = stack.enter_context(file.open("rb", buffering=0)).fileno()
+        self.sums: dict[tuple[int, str, int], UnitSums] = {}
+        self.lock = threading.Lock()
 
     def info(self, source: Source) -> TensorInfo:
         return self.sources[source.checkpoint].tensors[source.tensor]
@@ -298,7 +302,7 @@ class Reader:
         info = self.info(source)
         item = ITEM_SIZE[info.dtype]
         start = source.start + first * source.stride
-        if source.stride == block:
+        if count == 1 or source.stride == block:
             data = self.read(source, start, count * block, buffers.source)
         else:
             span = (count - 1) * source.stride + block
@@ -322,16 +326,43 @@ class Reader:
             "the training of this seed diverged, or the file is damaged"
         )
 
+    def unit_sums(self, source: Source, axis: int, inner: int) -> UnitSums:
+        """The sums of an FFN matrix's inner units, read once; those of the last few matrices are kept."""
+        info = self.info(source)
+        columns = prod(info.shape[1:])
+        half = source.start // columns // inner if axis == 0 else 0  # of a fused gate and up
+        key = (source.checkpoint, source.tensor, half)
+        known = self.sums.get(key)
+        if known is not None:
+            return known
+        rows = inner if axis == 0 else info.shape[0]
+        sums, squares = np.zeros(inner), np.zeros(inner)
+        step = max(1, MEAN_CHUNK // 4 // columns)
+        buffer = np.empty(step * columns * 4, np.uint8)
+        for first in range(0, rows, step):
+            count = min(step, rows - first)
+            data = self.read(source, (half * inner + first) * columns, count * columns, buffer)
+            values = to_float32(data.data, info.dtype).reshape(count, columns).astype(np.float64)
+            here = slice(first, first + count) if axis == 0 else slice(None)
+            sums[here] += values.sum(1 - axis)
+            squares[here] += np.square(values).sum(1 - axis)
+        found = UnitSums(sums, squares, columns if axis == 0 else info.shape[0])
+        with self.lock:
+            while len(self.sums) >= KEPT_SUMS:
+                self.sums.pop(next(iter(self.sums)))
+            self.sums[key] = found
+        return found
+
 
 def jobs(plan: MergePlan, reader: Reader, tensor: PlannedTensor) -> Iterator[Job]:
     """What makes a tensor's bytes, in their order."""
     if tensor.init:
         yield _init_job(plan.random_seed, tensor, tensor.init)
     for group in tensor.groups:
-        yield from _group_jobs(reader, tensor.dtype, group, plan.usage)
+        yield from _group_jobs(plan, reader, tensor.dtype, group)
 
 
-def _group_jobs(reader: Reader, dtype: str, group: PlannedGroup, usage: Array | None) -> Iterator[Job]:
+def _group_jobs(plan: MergePlan, reader: Reader, dtype: str, group: PlannedGroup) -> Iterator[Job]:
     item = ITEM_SIZE[dtype]
     # The widest of the output's row and of each source's stride, which all must fit a buffer in up to 4 bytes.
     widest = max(group.width, *(source.stride for part in group.parts for source in part.sources))
@@ -340,26 +371,37 @@ def _group_jobs(reader: Reader, dtype: str, group: PlannedGroup, usage: Array | 
     if group.rows == 1 or (large and not by_usage):
         for row in range(group.rows):
             for part in group.parts:
-                yield from _block_jobs(reader, dtype, part, row)
+                yield from _block_jobs(plan, reader, dtype, part, row)
         return
     step = CHUNK // (4 * widest)
     for first in range(0, group.rows, step):
-        yield _rows_job(reader, dtype, group, first, min(step, group.rows - first), usage)
+        yield _rows_job(plan, reader, dtype, group, first, min(step, group.rows - first))
 
 
-def _block_jobs(reader: Reader, dtype: str, part: Part, row: int) -> Iterator[Job]:
+@dataclass(frozen=True)
+class Stretch:
+    """What a job makes of a part: of so many rows from `first` on, `width` elements from `start` on."""
+
+    first: int
+    rows: int
+    start: int
+    width: int
+
+
+def _block_jobs(plan: MergePlan, reader: Reader, dtype: str, part: Part, row: int) -> Iterator[Job]:
     """One block, in stretches that fit the buffers."""
-    step = (CHUNK if len(part.sources) == 1 else MEAN_CHUNK) // 4
+    raw = len(part.sources) == 1 and part.perturbation is None
+    step = (CHUNK if raw else MEAN_CHUNK) // 4
 
-    def job(start: int, count: int) -> Job:
-        sources = [Source(s.checkpoint, s.tensor, s.start + row * s.stride + start, count) for s in part.sources]
-        return lambda buffers: _mix(reader, dtype, sources, part.weights, count, 0, 1, buffers)
+    def job(start: int) -> Job:
+        stretch = Stretch(row, 1, start, min(step, part.block - start))
+        return lambda buffers: _mix(plan, reader, dtype, part, stretch, part.weights, buffers)
 
     for start in range(0, part.block, step):
-        yield job(start, min(step, part.block - start))
+        yield job(start)
 
 
-def _rows_job(reader: Reader, dtype: str, group: PlannedGroup, first: int, count: int, usage: Array | None) -> Job:
+def _rows_job(plan: MergePlan, reader: Reader, dtype: str, group: PlannedGroup, first: int, count: int) -> Job:
     """Some rows of a group, assembled side by side."""
     item = ITEM_SIZE[dtype]
 
@@ -370,9 +412,9 @@ def _rows_job(reader: Reader, dtype: str, group: PlannedGroup, first: int, count
             width = part.block * item
             weights: tuple[float, ...] | Array = part.weights
             if part.by_usage:
-                assert usage is not None, "a plan that was made again without its text cannot be run"
-                weights = usage[first : first + count]
-            mixed = _mix(reader, dtype, part.sources, weights, part.block, first, count, buffers)
+                assert plan.usage is not None, "a plan that was made again without its text cannot be run"
+                weights = plan.usage[first : first + count]
+            mixed = _mix(plan, reader, dtype, part, Stretch(first, count, 0, part.block), weights, buffers)
             rows[:, column : column + width] = mixed.reshape(count, width)
             column += width
         return data
@@ -381,32 +423,81 @@ def _rows_job(reader: Reader, dtype: str, group: PlannedGroup, first: int, count
 
 
 def _mix(
+    plan: MergePlan,
     reader: Reader,
     dtype: str,
-    sources: tuple[Source, ...] | list[Source],
+    part: Part,
+    stretch: Stretch,
     weights: tuple[float, ...] | Array,
-    block: int,
-    first: int,
-    count: int,
     buffers: Buffers,
 ) -> Array:
-    """Rows of one source as `dtype`, or the mean of several: summed in fp32, scaled once, cast once; raw bytes.
+    """A stretch of one source as `dtype`, or the mean of several: summed in fp32, scaled once, cast once; raw bytes.
 
     Weights are those of the sources, or `[rows, sources]`.
     """
-    if len(sources) == 1:
+    sources = [
+        Source(s.checkpoint, s.tensor, s.start + stretch.first * s.stride + stretch.start, s.stride)
+        for s in part.sources
+    ]
+    if part.equal:
+        sources = [_equal(reader, sources, stretch, buffers)]
+    if len(sources) == 1 and part.scale == 1.0 and part.perturbation is None:
         info = reader.info(sources[0])
-        data = reader.rows(sources[0], block, first, count, buffers)
-        return (
-            data if info.dtype == dtype else _cast(reader, sources, to_float32(data.data, info.dtype), dtype, buffers)
-        )
+        data = reader.rows(sources[0], stretch.width, 0, stretch.rows, buffers)
+        if info.dtype == dtype:
+            return data
+    values = _mean(reader, sources, stretch, weights, buffers)
+    if part.perturbation is not None:
+        source, perturbation = sources[0], part.perturbation
+        begin = stretch.first * part.block + stretch.start
+        elements = source.start + np.arange(stretch.rows)[:, None] * source.stride + np.arange(stretch.width)
+        sums = reader.unit_sums(part.sources[0], perturbation.axis, perturbation.inner)
+        columns = prod(reader.info(source).shape[1:])
+        values = perturbed(values, elements.reshape(-1), begin, perturbation, sums, columns, plan.random_seed)
+    if part.scale != 1.0:
+        values *= np.float32(part.scale)
+    return _cast(reader, sources, values, dtype, buffers)
+
+
+def _equal(reader: Reader, sources: Sequence[Source], stretch: Stretch, buffers: Buffers) -> Source:
+    """The first of several sources, all of which must hold the same numbers there.
+
+    Raises:
+        SeedError: the first that differs.
+    """
+    first, *others = sources
+    data = reader.rows(first, stretch.width, 0, stretch.rows, buffers)
+    expected = to_float32(data.data, reader.info(first).dtype)
+    for other in others:
+        data = reader.rows(other, stretch.width, 0, stretch.rows, buffers)
+        if not np.array_equal(expected, to_float32(data.data, reader.info(other).dtype)):
+            one, two = (reader.sources[source.checkpoint].name for source in (first, other))
+            raise SeedError(
+                f"seed '{two}': tensor '{other.tensor}' differs from that of seed '{one}', and the recipe mixes it by "
+                "'equal': it was to be frozen while the seeds were trained; mix it by mean, or leave that seed out"
+            )
+    return first
+
+
+def _mean(
+    reader: Reader,
+    sources: Sequence[Source],
+    stretch: Stretch,
+    weights: tuple[float, ...] | Array,
+    buffers: Buffers,
+) -> Array:
+    """The weighted mean of a stretch of some sources, in fp32."""
+    if len(sources) == 1:
+        data = reader.rows(sources[0], stretch.width, 0, stretch.rows, buffers)
+        return to_float32(data.data, reader.info(sources[0]).dtype)
     by_row = isinstance(weights, np.ndarray)
     equal = not by_row and len(set(weights)) == 1
     total: Array | None = None
     for index, source in enumerate(sources):
-        values = to_float32(reader.rows(source, block, first, count, buffers).data, reader.info(source).dtype)
+        data = reader.rows(source, stretch.width, 0, stretch.rows, buffers)
+        values = to_float32(data.data, reader.info(source).dtype)
         if isinstance(weights, np.ndarray):
-            values *= weights[:, index].astype(np.float32).repeat(block)
+            values *= weights[:, index].astype(np.float32).repeat(stretch.width)
         elif not equal:
             values *= np.float32(weights[index])
         if total is None:
@@ -417,12 +508,10 @@ def _mix(
     assert total is not None
     if equal:
         total /= np.float32(len(sources))
-    return _cast(reader, sources, total, dtype, buffers)
+    return total
 
 
-def _cast(
-    reader: Reader, sources: tuple[Source, ...] | list[Source], values: Array, dtype: str, buffers: Buffers
-) -> Array:
+def _cast(reader: Reader, sources: Sequence[Source], values: Array, dtype: str, buffers: Buffers) -> Array:
     with np.errstate(over="ignore"):
         data = values.astype(FLOATS[dtype], copy=False).view(np.uint8)
     found = first_not_finite(data, dtype, buffers.scratch)
@@ -435,11 +524,17 @@ def _cast(
     return data
 
 
-def _init_job(random_seed: int, tensor: PlannedTensor, init: RandomInit) -> Job:
+def _init_job(random_seed: int, tensor: PlannedTensor, init: RandomInit | Constant) -> Job:
     def run(_: Buffers) -> Array:
+        if isinstance(init, Constant):
+            return np.array(init.values, np.float32).astype(FLOATS[tensor.dtype]).view(np.uint8)
+        if init.std == 0:
+            return np.zeros(tensor.nbytes, np.uint8)
+        rows, width = tensor.shape[0] // init.repeat, prod(tensor.shape[1:])
         # The legacy generator's stream is frozen by numpy's policy, so the same plan gives the same router anywhere.
         words = np.frombuffer(hashlib.sha256(f"{random_seed}:{tensor.name}".encode()).digest(), np.uint32)
-        values = RandomState(words).standard_normal(prod(tensor.shape)) * init.std
+        values = RandomState(words).standard_normal((rows, width)) * init.std
+        values = values.repeat(init.repeat, 0).reshape(-1)
         return values.astype(np.float32).astype(FLOATS[tensor.dtype]).view(np.uint8)
 
     return run

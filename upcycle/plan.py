@@ -3,22 +3,26 @@
 import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from upcycle.ancestry import check_related, find_ancestor, fingerprint, sample
 from upcycle.checkpoint import ITEM_SIZE, TensorInfo
 from upcycle.companions import bam_config, copied_files, dense_config, plain_tokenizer_config
 from upcycle.dense_config import DenseModel
 from upcycle.errors import RecipeError, SeedError, did_you_mean
-from upcycle.layout import Group, Layout, MixtureTensor, make_layout
+from upcycle.layout import Group, Layout, MixtureTensor, Piece, make_layout
 from upcycle.licenses import seed_records
+from upcycle.native import NATIVE, NativeClass, native_config, native_misfit
 from upcycle.numeric import Array
-from upcycle.recipe import EXPERTS, FROM_TEXT, SEED_PREFIX, USAGE, WEIGHTED, Recipe
+from upcycle.recipe import ANCESTOR, EQUAL, FROM_TEXT, MEAN, SEED_PREFIX, USAGE, WEIGHTED, Recipe, mixed_layers
+from upcycle.recipe_file import MAX_EXPERTS
 from upcycle.seeds import Seed, check_tensors, read_license
 from upcycle.version import __version__
+
+FORMATS: Final = ("auto", "native", "bam")
 
 
 @dataclass(frozen=True)
@@ -32,6 +36,26 @@ class Source:
 
 
 @dataclass(frozen=True)
+class Perturbation:
+    """What makes an expert's weights differ from its source's: noise, or inner units drawn anew.
+
+    Attributes:
+        key: of the random numbers; the units drawn anew are chosen by the part of it before the "|", so that gate, up
+            and down of one expert lose the same ones.
+        axis: of the source's matrix along which the FFN's inner units lie, 0 or 1.
+        inner: how many there are.
+        noise: standard deviation of the noise, in those of the source tensor.
+        drop: share of the units that are drawn anew, normal, with the mean and deviation of what they replace.
+    """
+
+    key: str
+    axis: int
+    inner: int
+    noise: float
+    drop: float
+
+
+@dataclass(frozen=True)
 class Part:
     """One block of a group's row: the copy of one source, or the weighted mean of several, in fp32 with one cast."""
 
@@ -39,6 +63,9 @@ class Part:
     sources: tuple[Source, ...]
     weights: tuple[float, ...] = (1.0,)
     by_usage: bool = False  # each row's weights are those of the plan's `usage` instead
+    equal: bool = False  # all sources must be equal to the bit
+    scale: float = 1.0
+    perturbation: Perturbation | None = None
 
 
 @dataclass(frozen=True)
@@ -58,11 +85,20 @@ class PlannedGroup:
 class RandomInit:
     """A router's start: normal with this standard deviation (0: zeros), from the plan's random seed and its name.
 
-    With `from_text` it is only what stands there until the router is set from text, when all else is written.
+    Each row stands `repeat` times. With `from_text` it is only what stands there until the router is set from text,
+    when all else is written.
     """
 
     std: float
     from_text: bool = False
+    repeat: int = 1
+
+
+@dataclass(frozen=True)
+class Constant:
+    """A vector given in the recipe: a router's bias."""
+
+    values: tuple[float, ...]
 
 
 @dataclass(frozen=True)
@@ -73,7 +109,7 @@ class PlannedTensor:
     dtype: str
     shape: tuple[int, ...]
     groups: tuple[PlannedGroup, ...] = ()
-    init: RandomInit | None = None
+    init: RandomInit | Constant | None = None
 
     @property
     def nbytes(self) -> int:
@@ -95,7 +131,9 @@ class MergePlan:
     """Everything a merge does, as plain data.
 
     Attributes:
-        format: "bam" or "dense".
+        format: "bam", "native" (a mixture class of transformers' own) or "dense".
+        num_experts: FFN experts of a layer; 1 for a dense result.
+        native_misfit: why it could not be native, where no class of transformers' own fits.
         sources: the checkpoints that `Source.checkpoint` counts.
         tensors: the output tensors in the order in which they are written.
         config: the output's config.json.
@@ -119,6 +157,7 @@ class MergePlan:
     layout: Layout
     recipe: Recipe
     usage: Array | None = None
+    native_misfit: str | None = None
 
     @property
     def nbytes(self) -> int:
@@ -133,7 +172,7 @@ class MergePlan:
                 "dtype": t.dtype,
                 "shape": t.shape,
                 "groups": [asdict(g) for g in t.groups],
-                "init": t.init and ("text" if t.init.from_text else t.init.std),
+                "init": t.init and asdict(t.init),
             }
             for t in self.tensors
         ]
@@ -156,6 +195,7 @@ def plan_merge(
     allow_unrelated: bool = False,
     text: Mapping[str, Any] | None = None,
     usage: Array | None = None,
+    format: str = "auto",
 ) -> MergePlan:
     """Plan the merge of `seeds` by `recipe`; reads nothing but headers and 2048 elements of every tensor.
 
@@ -172,6 +212,7 @@ def plan_merge(
         text: what is recorded of the text that routers are set from after the merge; None if there is none.
         usage: `[vocabulary, seeds]`, how the rows of embedding and head are weighted where the recipe mixes them by
             usage; rows sum to 1.
+        format: "native" for a mixture class of transformers' own, "bam", or "auto": native where one fits exactly.
 
     Raises:
         RecipeError, SeedError, CheckpointError: what cannot be served, before anything is written.
@@ -181,7 +222,8 @@ def plan_merge(
     first = seeds[0]
     check_recipe(recipe, first.model, experts)
     _check_names(recipe, seeds)
-    layout = make_layout(first.model, recipe, experts)
+    native, misfit = choose_format(recipe, first.model, format, text is not None and bool(recipe.from_text()))
+    layout = make_layout(first.model, recipe, experts, native)
     dropped = [check_tensors(seed, layout.dense) for seed in seeds]
     _check_dtypes(seeds, layout.dense, dtype)
     samples = [sample(seed) for seed in seeds]
@@ -189,21 +231,27 @@ def plan_merge(
         check_related(seeds, samples)
 
     main_dtype = dtype or first.tensors[f"{first.model.family.base}.{first.model.family.embedding}.weight"].dtype
-    planner = _Planner(recipe, seeds, experts, dtype, main_dtype)
+    ancestor = seeds[0].name if recipe.copies else find_ancestor(seeds, samples)
+    planner = _Planner(recipe, layout, seeds, dtype, main_dtype, ancestor)
     tensors = tuple(planner.tensor(tensor) for tensor in layout.mixture)
     unused = _check_complete(tensors, layout, len(seeds))
-    is_bam = recipe.ffn_experts
-    if is_bam:
+    made = "native" if native else "bam" if recipe.ffn_experts else "dense"
+    is_bam = made == "bam"
+    if native:
+        config = native_config(first.config, first.model, recipe, experts, main_dtype)
+    elif is_bam:
         config = bam_config(first.config, layout, recipe, planner.expert_names(), main_dtype)
     else:
         config = dense_config(first.config, dtype)
     return MergePlan(
-        format="bam" if is_bam else "dense",
-        num_experts=experts if is_bam else 1,
+        format=made,
+        num_experts=recipe.ffn_count(experts) if recipe.ffn_experts else 1,
         sources=tuple(SourceCheckpoint(seed.name, seed.folder, seed.tensors) for seed in seeds),
         tensors=tensors,
         config=config,
-        provenance=_provenance(planner, samples, dropped, unused, random_seed)
+        provenance={"upcycle_version": __version__, "format": made}
+        | _provenance(planner, samples, dropped, unused, random_seed)
+        | ({"dense_config": dict(first.config)} if native else {})
         | ({} if text is None else {"router_text": dict(text)}),
         random_seed=random_seed,
         copied=copied_files(first.folder, with_code=is_bam),
@@ -211,7 +259,30 @@ def plan_merge(
         layout=layout,
         recipe=recipe,
         usage=usage,
+        native_misfit=misfit,
     )
+
+
+def choose_format(
+    recipe: Recipe, model: DenseModel, wanted: str, from_text: bool
+) -> tuple[NativeClass | None, str | None]:
+    """The native class that is taken, and else why none fits; neither where BAM's format is asked for.
+
+    Raises:
+        RecipeError: a format that there is not, or that cannot be.
+    """
+    if wanted not in FORMATS:
+        raise RecipeError(f"there is no format '{wanted}'{did_you_mean(wanted, FORMATS)}")
+    if wanted == "bam" and not recipe.ffn_experts:
+        raise RecipeError(f"recipe '{recipe.name}' makes a dense model, which has one format; leave --format out")
+    if wanted == "bam":
+        return None, None
+    misfit = native_misfit(model, recipe, from_text)
+    if misfit is None:
+        return NATIVE[model.family.native], None
+    if wanted == "native":
+        raise RecipeError(f"--format native: {misfit}; --format auto takes BAM's format there")
+    return None, misfit
 
 
 def _provenance(
@@ -235,11 +306,9 @@ def _provenance(
         for index, seed in enumerate(seeds)
     ]
     return {
-        "upcycle_version": __version__,
-        "format": "bam" if recipe.ffn_experts else "dense",
         "recipe": recipe.resolved(),
         "seeds": records,
-        "ancestor": seeds[0].name if recipe.copies else find_ancestor(seeds, samples),
+        "ancestor": planner.ancestor,
         "experts": planner.expert_names() if recipe.ffn_experts else [],
         "random_seed": random_seed,
     }
@@ -277,11 +346,30 @@ def check_recipe(recipe: Recipe, model: DenseModel, num_experts: int) -> None:
     Raises:
         RecipeError: and why.
     """
-    family = model.family
-    if recipe.ffn_experts and recipe.ffn_router.top_k > num_experts:
+    family, shards = model.family, recipe.experts.granularity
+    groups = recipe.ffn_groups(num_experts)
+    if recipe.ffn_experts:
+        mixed_layers(recipe.layers, model.sizes.layers)
+        if recipe.ffn_router.top_k > groups:
+            raise RecipeError(
+                f"recipe '{recipe.name}': router.ffn.top_k is {recipe.ffn_router.top_k}, "
+                f"but there are only {groups} experts"
+            )
+        if model.sizes.inner % shards:
+            raise RecipeError(
+                f"recipe '{recipe.name}': experts.granularity is {shards}, which does not divide the FFN's "
+                f"{model.sizes.inner} inner units (intermediate_size)"
+            )
+        if recipe.ffn_count(num_experts) > MAX_EXPERTS:
+            raise RecipeError(
+                f"recipe '{recipe.name}': {groups} FFNs in {shards} shards each are {groups * shards} experts, "
+                f"expected at most {MAX_EXPERTS}"
+            )
+    attention = recipe.attention_router
+    if recipe.attention_experts and attention.routing == "top-k" and attention.top_k > num_experts:
         raise RecipeError(
-            f"recipe '{recipe.name}': router.ffn.top_k is {recipe.ffn_router.top_k}, "
-            f"but there are only {num_experts} experts"
+            f"recipe '{recipe.name}': router.attention.top_k is {attention.top_k}, "
+            f"but there are only {num_experts} attention experts"
         )
     if recipe.shared_key_value and not family.grouped_queries:
         raise RecipeError(
@@ -292,9 +380,9 @@ def check_recipe(recipe: Recipe, model: DenseModel, num_experts: int) -> None:
 
 def _check_names(recipe: Recipe, seeds: Sequence[Seed]) -> None:
     names = [seed.name for seed in seeds]
-    wanted = {mix.removeprefix(SEED_PREFIX) for mix in recipe.mix.values() if mix.startswith(SEED_PREFIX)} | set(
-        recipe.weights
-    )
+    ways = (*recipe.mix.values(), *recipe.experts.shared, recipe.experts.extra_from)
+    wanted = {way.removeprefix(SEED_PREFIX) for way in ways if way.startswith(SEED_PREFIX)}
+    wanted |= {*recipe.weights, *recipe.ffn_router.bias}
     for name in sorted(wanted):
         if name not in names:
             raise RecipeError(
@@ -320,21 +408,54 @@ def _check_dtypes(seeds: Sequence[Seed], dense: Mapping[str, tuple[int, ...]], d
 
 
 class _Planner:
-    def __init__(self, recipe: Recipe, seeds: Sequence[Seed], experts: int, dtype: str | None, main_dtype: str) -> None:
-        self.recipe, self.seeds, self.dtype, self.main_dtype = recipe, seeds, dtype, main_dtype
-        self.experts = [0] * experts if recipe.copies else list(range(experts))
+    """Says of every tensor of the mixture which sources it is made of."""
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        layout: Layout,
+        seeds: Sequence[Seed],
+        dtype: str | None,
+        main_dtype: str,
+        ancestor: str | None,
+    ) -> None:
+        self.recipe, self.layout, self.seeds, self.ancestor = recipe, layout, seeds, ancestor
+        self.dtype, self.main_dtype = dtype, main_dtype
+        self.names = [seed.name for seed in seeds]
+        self.experts = [0] * layout.experts if recipe.copies else list(range(layout.experts))
 
     def expert_names(self) -> list[str]:
-        names = [self.seeds[index].name for index in self.experts]
-        return [f"{name}-{i}" for i, name in enumerate(names)] if self.recipe.copies else names
+        """One for each FFN expert: the seed's, with a number behind it where it has several."""
+        names = [self.names[index] for index in self.experts]
+        if self.recipe.copies:
+            names = [f"{name}-{i}" for i, name in enumerate(names)]
+        experts = self.recipe.experts
+        origin = self.one(experts.extra_from) if experts.extra else MEAN
+        names += [f"{origin}-extra-{number}" for number in range(experts.extra)]
+        shards = experts.granularity
+        return names if shards == 1 else [f"{name}.{shard}" for name in names for shard in range(shards)]
+
+    def one(self, way: str) -> str:
+        """The name of the seed that "ancestor" or "seed:NAME" means; "mean" stays.
+
+        Raises:
+            RecipeError: no seed is found to be the others' ancestor.
+        """
+        if way != ANCESTOR:
+            return way.removeprefix(SEED_PREFIX)
+        if self.ancestor is None and not all(seed.here for seed in self.seeds):
+            return self.names[0]  # a plan to look at; what is here tells
+        if self.ancestor is None:
+            raise RecipeError(
+                f"recipe '{self.recipe.name}' speaks of the seeds' ancestor, but none of {', '.join(self.names)} is "
+                "found to be it (among fewer than four nobody can tell); name it, seed:NAME, in the recipe or by --set"
+            )
+        return self.ancestor
 
     def tensor(self, tensor: MixtureTensor) -> PlannedTensor:
         if tensor.router:
-            router = self.recipe.ffn_router if tensor.router == "ffn" else self.recipe.attention_router
-            std = router.std if router.init == "random" else 0.0
-            init = RandomInit(std, router.init in FROM_TEXT)
-            return PlannedTensor(tensor.name, self.main_dtype, tensor.shape, init=init)
-        groups = tuple(self.group(group) for group in tensor.groups)
+            return PlannedTensor(tensor.name, self.main_dtype, tensor.shape, init=self.init(tensor.router))
+        groups = tuple(self.group(group, tensor.name) for group in tensor.groups)
         names = {piece.tensor for group in tensor.groups for piece in group.pieces}
         dtypes = {self.dtype or self.seeds[0].tensors[name].dtype for name in names}
         if len(dtypes) > 1:
@@ -344,8 +465,21 @@ class _Planner:
             )
         return PlannedTensor(tensor.name, dtypes.pop(), tensor.shape, groups)
 
-    def group(self, group: Group) -> PlannedGroup:
-        if self.recipe.mix[group.pieces[0].role] == USAGE:
+    def init(self, kind: str) -> RandomInit | Constant:
+        """How a router, or its bias, starts."""
+        recipe, shards = self.recipe, self.recipe.experts.granularity
+        if kind == "none":
+            return RandomInit(0.0)
+        if kind == "ffn_bias":
+            named = [*(self.names[index] for index in self.experts), *[""] * recipe.experts.extra]
+            return Constant(tuple(recipe.ffn_router.bias.get(name, 0.0) for name in named for _ in range(shards)))
+        router = recipe.ffn_router if kind == "ffn" else recipe.attention_router
+        std = router.std if router.init == "random" else 0.0
+        return RandomInit(std, router.init in FROM_TEXT, shards if kind == "ffn" else 1)
+
+    def group(self, group: Group, tensor: str) -> PlannedGroup:
+        role = group.pieces[0].role
+        if group.expert is None and (group.mix or self.recipe.mix[role]) == USAGE:
             (piece,) = group.pieces
             rows, width = self.seeds[0].tensors[piece.tensor].shape
             sources = tuple(Source(index, piece.tensor, 0, width) for index in range(len(self.seeds)))
@@ -353,23 +487,45 @@ class _Planner:
         parts = []
         for copy in range(group.copies):
             for piece in group.pieces:
-                indices, weights = self.mix(piece.role, copy)
-                sources = tuple(Source(index, piece.tensor, piece.start, piece.stride) for index in indices)
-                parts.append(Part(piece.block, sources, weights))
+                if group.expert is None:
+                    parts.append(self.part(piece, group.mix or self.recipe.mix[piece.role]))
+                else:
+                    parts.append(self.expert(piece, group.expert + copy, tensor))
         return PlannedGroup(group.rows, tuple(parts))
 
-    def mix(self, role: str, copy: int) -> tuple[list[int], tuple[float, ...]]:
-        """Which seeds a role's tensors come from, and with which weights."""
-        mix = self.recipe.mix[role]
-        if mix == EXPERTS:
-            return [self.experts[copy]], (1.0,)
-        if mix.startswith(SEED_PREFIX):
-            names = [seed.name for seed in self.seeds]
-            return [names.index(mix.removeprefix(SEED_PREFIX))], (1.0,)
-        if mix == WEIGHTED:
-            shares = [self.recipe.weights[seed.name] for seed in self.seeds]
-            return list(range(len(shares))), tuple(share / sum(shares) for share in shares)
+    def part(self, piece: Piece, way: str) -> Part:
+        """A piece, mixed in this way."""
+        indices, weights = self.mix(way)
+        sources = tuple(Source(index, piece.tensor, piece.start, piece.stride) for index in indices)
+        return Part(piece.block, sources, weights, equal=way == EQUAL, scale=piece.scale)
+
+    def expert(self, piece: Piece, number: int, tensor: str) -> Part:
+        """A piece of one expert."""
+        experts = self.recipe.experts
+        if number < len(self.experts):
+            part = self.part(piece, f"{SEED_PREFIX}{self.names[self.experts[number]]}")
+        else:
+            part = self.part(piece, experts.extra_from)
+        if piece.role != "ffn" or not piece.units or not (experts.noise or experts.drop):
+            return part
+        layer = piece.tensor.partition(".mlp.")[0]
+        perturbation = Perturbation(
+            key=f"{layer} {number}|{piece.tensor} {piece.start}",
+            axis=0 if piece.units == "rows" else 1,
+            inner=self.layout.model.sizes.inner,
+            noise=experts.noise,
+            drop=experts.drop,
+        )
+        return replace(part, perturbation=perturbation)
+
+    def mix(self, way: str) -> tuple[list[int], tuple[float, ...]]:
+        """Which seeds a way to mix takes, and with which weights."""
+        if way == ANCESTOR or way.startswith(SEED_PREFIX):
+            return [self.names.index(self.one(way))], (1.0,)
         count = len(self.seeds)
+        if way == WEIGHTED:
+            shares = [self.recipe.weights[name] for name in self.names]
+            return list(range(count)), tuple(share / sum(shares) for share in shares)
         return list(range(count)), (1.0 / count,) * count
 
 

@@ -10,7 +10,7 @@ from upcycle.errors import RecipeError
 from upcycle.layout import Layout, make_layout
 from upcycle.memory import BF16, FP32, held, training_memory
 from upcycle.numeric import TORCH_NAMES
-from upcycle.plan import MergePlan, check_recipe
+from upcycle.plan import MergePlan, check_recipe, choose_format
 from upcycle.recipe import MEAN, ROLES, Recipe
 
 DEFAULT_CONTEXT: Final = 2048
@@ -39,26 +39,27 @@ class Cost:
     cache_bytes_per_token: int
 
 
-def layout_cost(layout: Layout, recipe: Recipe, num_experts: int, checkpoint_bytes: int, context: int) -> Cost:
+def layout_cost(layout: Layout, recipe: Recipe, checkpoint_bytes: int, context: int) -> Cost:
     """Cost of the mixture that a layout describes (arXiv:2408.08274, table 10, counts the same products)."""
     sizes = layout.model.sizes
     total = active = multiplying = 0
     for tensor in layout.mixture:
         routed = tensor.active == "top_k"
-        touched = tensor.size * recipe.ffn_router.top_k // num_experts if routed else tensor.size
+        touched = tensor.size * recipe.ffn_router.top_k // recipe.ffn_groups(layout.experts) if routed else tensor.size
         total += tensor.size
         active += touched
         multiplying += touched if tensor.multiplies else 0
-    experts = num_experts if recipe.attention_experts else 1
-    cached = 1 if recipe.shared_key_value else experts
-    flops = 2 * multiplying + 4 * sizes.layers * experts * sizes.heads * sizes.head_dim * context
+    # Attentions of all layers: of those with experts, as many each.
+    wide = (layout.experts - 1) * len(layout.mixed) * recipe.attention_experts + sizes.layers
+    cached = sizes.layers if recipe.shared_key_value else wide
+    flops = 2 * multiplying + 4 * wide * sizes.heads * sizes.head_dim * context
     return Cost(
         total_parameters=total,
         active_parameters=active,
         flops_per_token=flops,
         training_flops_per_token=3 * flops,
         checkpoint_bytes=checkpoint_bytes,
-        cache_bytes_per_token=2 * 2 * sizes.layers * cached * sizes.key_value_heads * sizes.head_dim,
+        cache_bytes_per_token=2 * 2 * cached * sizes.key_value_heads * sizes.head_dim,
     )
 
 
@@ -71,7 +72,7 @@ def _files(layout: Layout, dtype: str, max_shard_size: int) -> int:
 def plan_cost(plan: MergePlan, max_shard_size: int, context: int) -> tuple[Cost, Cost]:
     """Cost of a plan's result, and of one dense seed beside it."""
     shards = plan_shards([(tensor.name, tensor.dtype, tensor.shape) for tensor in plan.tensors], max_shard_size)
-    cost = layout_cost(plan.layout, plan.recipe, plan.num_experts, sum(shard.size for shard in shards), context)
+    cost = layout_cost(plan.layout, plan.recipe, sum(shard.size for shard in shards), context)
     first = plan.sources[0].tensors.values()
     return cost, replace(dense_cost(plan.layout, "BF16", context), checkpoint_bytes=sum(info.nbytes for info in first))
 
@@ -79,7 +80,7 @@ def plan_cost(plan: MergePlan, max_shard_size: int, context: int) -> tuple[Cost,
 def dense_cost(layout: Layout, dtype: str, context: int, max_shard_size: int = MAX_SHARD_SIZE) -> Cost:
     """Cost of one dense model of a layout's family and sizes."""
     dense = make_layout(layout.model, DENSE, 1)
-    return layout_cost(dense, DENSE, 1, _files(dense, dtype, max_shard_size), context)
+    return layout_cost(dense, DENSE, _files(dense, dtype, max_shard_size), context)
 
 
 @dataclass(frozen=True)
@@ -95,7 +96,13 @@ class Estimate:
 
 
 def config_cost(
-    recipe: Recipe, config_file: Path, num_experts: int | None, dtype: str | None, max_shard_size: int, context: int
+    recipe: Recipe,
+    config_file: Path,
+    num_experts: int | None,
+    dtype: str | None,
+    max_shard_size: int,
+    context: int,
+    format: str = "auto",
 ) -> Estimate:
     """Cost of mixing `num_experts` models of this config.json.
 
@@ -103,26 +110,33 @@ def config_cost(
         RecipeError: no number of experts, or a recipe that cannot serve the family.
         SeedError, CheckpointError: a config that cannot be read.
     """
-    config, layout, experts = _config_layout(recipe, config_file, num_experts)
+    config, layout = _config_layout(recipe, config_file, num_experts, format)
     written = dtype or _dtype_of(config)
     return Estimate(
-        format="bam" if recipe.ffn_experts else "dense",
-        model_type="bam" if recipe.ffn_experts else config["model_type"],
+        format="native" if layout.native else "bam" if recipe.ffn_experts else "dense",
+        model_type=layout.model.family.native
+        if layout.native
+        else "bam"
+        if recipe.ffn_experts
+        else config["model_type"],
         architecture=layout.model.family.architecture,
-        num_experts=experts,
-        cost=layout_cost(layout, recipe, experts, _files(layout, written, max_shard_size), context),
+        num_experts=recipe.ffn_count(layout.experts) if recipe.ffn_experts else 1,
+        cost=layout_cost(layout, recipe, _files(layout, written, max_shard_size), context),
         dense=dense_cost(layout, written, context, max_shard_size),
     )
 
 
-def _config_layout(recipe: Recipe, config_file: Path, num_experts: int | None) -> tuple[dict[str, Any], Layout, int]:
-    """A config.json, the layout of mixing models of it, and the result's number of experts."""
+def _config_layout(
+    recipe: Recipe, config_file: Path, num_experts: int | None, format: str
+) -> tuple[dict[str, Any], Layout]:
+    """A config.json, and the layout of mixing models of it."""
     config = read_json(config_file)
     model = read_dense(config, str(config_file))
     if num_experts is None or num_experts < 2:
         raise RecipeError(f"--config needs --num-experts, 2 or more; found {num_experts}")
     check_recipe(recipe, model, num_experts)
-    return config, make_layout(model, recipe, num_experts), num_experts if recipe.ffn_experts else 1
+    native, _ = choose_format(recipe, model, format, from_text=False)
+    return config, make_layout(model, recipe, num_experts, native)
 
 
 @dataclass(frozen=True)
@@ -160,7 +174,7 @@ def config_training(
     Raises:
         RecipeError, SeedError, CheckpointError: as `config_cost`.
     """
-    _, layout, experts = _config_layout(recipe, config_file, num_experts)
+    _, layout = _config_layout(recipe, config_file, num_experts, "bam" if recipe.ffn_experts else "auto")
     parameters = sum(tensor.size for tensor in layout.mixture)
     padded = gpus * sum(held(tensor, tensor.size, gpus) for tensor in layout.mixture)
 
@@ -168,7 +182,6 @@ def config_training(
         memory = training_memory(
             layout,
             recipe,
-            experts,
             sequences=sequences,
             sequence_length=sequence_length,
             precision=precision,

@@ -23,7 +23,7 @@ from upcycle.errors import OutputError, UpcycleError
 from upcycle.merge import merge
 from upcycle.numeric import Array
 from upcycle.plan import plan_merge
-from upcycle.recipe import load_recipe
+from upcycle.recipe_file import load_recipe
 from upcycle.seeds import read_seeds
 from upcycle.smoke_text import COUNTS, documents
 from upcycle.verify import verify

@@ -151,7 +151,7 @@ class ModelFacts:
         """FLOPs a token of a training at a context, or None where the family is not known."""
         if self.layout is None:
             return None
-        return layout_cost(self.layout, self.recipe, self.num_experts, 0, context).training_flops_per_token
+        return layout_cost(self.layout, self.recipe, 0, context).training_flops_per_token
 
 
 def read_facts(folder: Path) -> ModelFacts:

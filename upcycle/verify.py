@@ -30,10 +30,10 @@ from upcycle.dense_config import read_dense
 from upcycle.errors import CheckpointError, UpcycleError
 from upcycle.layout import make_layout
 from upcycle.merge import Buffers, Reader, jobs
-from upcycle.mixture import read_mixture, router_records
+from upcycle.mixture import is_mixture, read_mixture, router_records
 from upcycle.numeric import FLOATS, Array, first_not_finite
 from upcycle.plan import MergePlan, PlannedTensor, plan_merge
-from upcycle.recipe import parse_recipe
+from upcycle.recipe_file import parse_recipe
 from upcycle.scaling import DENSE
 from upcycle.seeds import download, read_seeds
 
@@ -145,7 +145,7 @@ def _is_plain(file: Path) -> bool:
 def _check_structure(folder: Path, tensors: Mapping[str, TensorInfo]) -> None:
     """That names, shapes and types are those of the model that the config describes, where its family is known."""
     config = read_json(folder / CONFIG)
-    if config.get("model_type") == "bam":
+    if is_mixture(folder, config):
         expected = {tensor.name: tensor.shape for tensor in read_mixture(folder).layout.mixture}
     else:
         expected = dict(make_layout(read_dense(config, str(folder)), DENSE, 1).dense)
@@ -176,7 +176,8 @@ def _remake(found: Verification, tensors: Mapping[str, TensorInfo], seeds: Seque
             )
             return None
         kinds = sorted({info.dtype for info in tensors.values()})
-        count = len(record["experts"]) if recipe.copies else None
+        groups = len(record["experts"]) // recipe.experts.granularity
+        count = groups - recipe.experts.extra if recipe.copies else None
         text = record.get("router_text")
         for wanted in (None, *kinds):
             with suppress(UpcycleError):
@@ -188,6 +189,7 @@ def _remake(found: Verification, tensors: Mapping[str, TensorInfo], seeds: Seque
                     random_seed=random_seed,
                     allow_unrelated=True,
                     text=text,
+                    format="auto" if record["format"] == "dense" else record["format"],
                 )
                 if plan.digest() == record["plan"]:
                     return plan

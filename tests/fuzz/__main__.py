@@ -35,7 +35,7 @@ from upcycle.inspect import inspect_checkpoint
 from upcycle.merge import merge
 from upcycle.mixture import plan_extract, read_mixture
 from upcycle.plan import MergePlan, plan_merge
-from upcycle.recipe import builtin_recipes, load_recipe
+from upcycle.recipe_file import builtin_recipes, load_recipe
 from upcycle.seeds import read_seeds
 from upcycle.verify import verify
 
@@ -43,6 +43,11 @@ LIMIT = 5  # seconds for one input
 MEMORY = 600 << 20  # bytes of address space beyond what the imports take
 MESSAGE = 20_000  # characters; the command line shows 2,000
 WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC
+# What recipes need where there is no text, and no ancestor among two unrelated seeds.
+UNAIDED = {
+    "flex": ("router.ffn.init=random", "mix.default=mean"),
+    "btx-extra": ("experts.extra_from=mean",),
+}
 CHANGES = (
     "os.rename",
     "os.remove",
@@ -222,7 +227,8 @@ class Fuzzer:
 
     def try_seeds(self, draw: random.Random) -> None:
         names = [str(self.root / name) for name in "ab"]
-        recipe = load_recipe(draw.choice(sorted(builtin_recipes())))
+        name = draw.choice(sorted(builtin_recipes()))
+        recipe = load_recipe(name, UNAIDED.get(name, ()))
         options: dict[str, Any] = {"dtype": draw.choice([None, None, "F32", "F16"])}
         if recipe.copies:
             names, options["num_experts"] = names[:1], draw.randint(2, 4)

@@ -30,7 +30,7 @@ from upcycle import staging
 from upcycle.errors import OutputError
 from upcycle.journal import JOURNAL
 from upcycle.plan import MergePlan, plan_merge
-from upcycle.recipe import load_recipe
+from upcycle.recipe_file import load_recipe
 from upcycle.seeds import read_seeds
 from upcycle.verify import verify
 

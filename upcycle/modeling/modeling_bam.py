@@ -11,6 +11,7 @@ This file travels inside each checkpoint and needs nothing but torch and transfo
 Axes: B batch, S sequence, T tokens (B * S), N experts, K experts per token, D hidden, I inner, H heads, d head_dim.
 """
 
+import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -51,7 +52,8 @@ class BamExperts(nn.Module):
     def __init__(self, config: BamConfig, gated: bool, bias: bool):
         super().__init__()
         dense = config.dense_config
-        experts, hidden, inner = config.num_experts, dense.hidden_size, dense.intermediate_size
+        experts, hidden = config.num_experts, dense.hidden_size
+        inner = dense.intermediate_size // config.granularity
         self.num_experts = experts
         self.act_fn = ACT2FN[getattr(dense, "hidden_activation", None) or dense.hidden_act]
         self.input_name = "gate_up_proj" if gated else "up_proj"
@@ -87,7 +89,7 @@ class BamExperts(nn.Module):
 class BamFeedForward(nn.Module):
     """Routed FFN experts: y = sum over the top k of p_i(x) FFN_i(x), p = softmax(W_r x) (arXiv:2408.08274, 3).
 
-    Where the config has an `ffn_scale`, y is multiplied by the layer's.
+    Where the config has an `ffn_scale`, y is multiplied by the layer's. Shared experts, the seed's own MLPs, are added.
     """
 
     def __init__(self, config: BamConfig, mlp: nn.Module, layer: int):
@@ -97,10 +99,11 @@ class BamFeedForward(nn.Module):
         self.dropout = getattr(mlp, "residual_dropout", 0.0)  # StarCoder2's MLP ends with one
         gated = config.dense_layout["gated"]
         bias = any(name.endswith("bias") for name, _ in mlp.named_parameters())
-        self.router = nn.Linear(config.hidden_size, config.num_experts, bias=False)
+        self.router = nn.Linear(config.hidden_size, config.num_experts, bias=config.router_bias)
         experts: Any = BamExperts(config, gated, bias)
         experts.has_gate, experts.has_bias = gated, bias
         self.experts = experts
+        self.shared = nn.ModuleList(copy.deepcopy(mlp) for _ in range(config.num_shared_experts))
         self.collected: list[torch.Tensor] | None = None
         self.start = None if config.ffn_scale is None else float(config.ffn_scale[layer])
         self.scale: torch.Tensor | None
@@ -121,7 +124,11 @@ class BamFeedForward(nn.Module):
         if self.scale is not None:
             gates = gates * self.scale
         mixed = self.experts(tokens, experts, gates.to(tokens.dtype)).reshape(hidden_states.shape)
-        return nn.functional.dropout(mixed, self.dropout, self.training) if self.dropout else mixed
+        if self.dropout:
+            mixed = nn.functional.dropout(mixed, self.dropout, self.training)
+        for expert in self.shared:
+            mixed = mixed + expert(hidden_states)
+        return mixed
 
 
 class GatedOutput(nn.Module):
@@ -133,7 +140,8 @@ class GatedOutput(nn.Module):
 
     def __init__(self, output: nn.Linear, config: BamConfig):
         super().__init__()
-        self.experts, self.key_value_heads = config.num_experts, config.dense_key_value_heads
+        self.experts, self.key_value_heads = config.attention_width, config.dense_key_value_heads
+        self.top_k, self.normalize = config.num_attention_experts_per_tok, config.norm_topk_attention
         self.linear = nn.Linear(self.experts * output.in_features, output.out_features, bias=False)
         self.bias = nn.Parameter(torch.empty(self.experts, output.out_features)) if output.bias is not None else None
         self.router = nn.Linear(config.hidden_size, self.experts, bias=False)
@@ -145,7 +153,13 @@ class GatedOutput(nn.Module):
         logits = self.router(hidden_states)
         if self.collected is not None:
             self.collected.append(logits.flatten(0, -2))
-        self.gates = _softmax(logits)
+        gates = _softmax(logits)
+        if self.top_k is not None:
+            largest, experts = gates.topk(self.top_k, dim=-1)
+            if self.normalize:
+                largest = largest / largest.sum(-1, keepdim=True)
+            gates = torch.zeros_like(gates).scatter(-1, experts, largest)
+        self.gates = gates
 
     def forward(self, heads: torch.Tensor) -> torch.Tensor:
         """Heads `[B, S, H * N * d]`, ordered (key/value head, expert, head in its group), to `[B, S, D]`."""
@@ -171,10 +185,10 @@ class ExpertNorm(nn.Module):
     def __init__(self, norm: Any, kind: str, config: BamConfig):
         super().__init__()
         between = {"head": (1,), "head_swapped": (1, 1), "width": ()}[kind]
-        weight = norm.weight.detach().expand(config.num_experts, *between, -1)
+        weight = norm.weight.detach().expand(config.attention_width, *between, -1)
         norm.weight = nn.Parameter(weight.clone())  # the family's own start, which its initialisation has set already
         self.norm = norm
-        self.kind, self.experts, self.key_value_heads = kind, config.num_experts, config.dense_key_value_heads
+        self.kind, self.experts, self.key_value_heads = kind, config.attention_width, config.dense_key_value_heads
 
     def forward(self, states: torch.Tensor) -> torch.Tensor:
         """Normalise `[B, S, H, d]`, `[B, H, S, d]` or `[B, S, H * d]`, by kind."""
@@ -204,13 +218,15 @@ class WideConfig:
 def widen(dense: Any, config: BamConfig) -> None:
     """Turn a family's own model into the mixture, in place."""
     for number, layer in enumerate(dense.base_model.layers):
+        if config.mixed_layers is not None and number not in config.mixed_layers:
+            continue
         if config.attention_experts:
             _widen_attention(getattr(layer, config.dense_layout["attention"]), dense.config, config)
         layer.mlp = BamFeedForward(config, layer.mlp, number)
 
 
 def _widen_attention(attention: Any, dense_config: Any, config: BamConfig) -> None:
-    layout, experts = config.dense_layout, config.num_experts
+    layout, experts = config.dense_layout, config.attention_width
     copies = {"query": experts, "key": experts, "value": experts}
     if config.shared_key_value:
         copies["key"] = copies["value"] = 1
@@ -421,11 +437,9 @@ class BamForCausalLM(BamPreTrainedModel, GenerationMixin):
 
         Each router has a list of its own: all layers then look alike to a compiler, which compiles one for all.
         """
-        layout, layers = self.config.dense_layout, self.dense.base_model.layers if wanted else []
-        ffn = [layer.mlp for layer in layers]
-        attention = []
-        if self.config.attention_experts:
-            attention = [getattr(getattr(layer, layout["attention"]), layout["output"]) for layer in layers]
+        layers = self.dense.base_model.layers if wanted else []
+        ffn: Any = [layer.mlp for layer in layers if isinstance(layer.mlp, BamFeedForward)]
+        attention: Any = [module for layer in layers for module in layer.modules() if isinstance(module, GatedOutput)]
         for module in (*ffn, *attention):
             module.collected = []
         try:
@@ -438,8 +452,8 @@ class BamForCausalLM(BamPreTrainedModel, GenerationMixin):
         self, outputs: Any, ffn: list[torch.Tensor], attention: list[torch.Tensor], mask: torch.Tensor | None
     ) -> BamCausalLMOutput:
         if torch.is_grad_enabled() and outputs.logits.requires_grad and not ffn[0].requires_grad:
-            for parameter in self.dense.base_model.layers[0].mlp.router.parameters():
-                if parameter.requires_grad:
+            for name, parameter in self.named_parameters():
+                if name.endswith("mlp.router.weight") and parameter.requires_grad:
                     raise ValueError(
                         "router losses have no gradient under reentrant gradient checkpointing; enable it with "
                         'gradient_checkpointing_kwargs={"use_reentrant": False}'

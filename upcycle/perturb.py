@@ -1,0 +1,98 @@
+"""What makes copied experts differ: noise on their weights, or inner units drawn anew (Drop-Upcycling).
+
+Random numbers belong to the plan, not to the way it is run: element e of a part is always drawn from the same place of
+a stream named by the plan's random seed and the part's key. The generator's raw words are frozen by numpy's policy, and
+what makes them normal is a table of 65,536 quantiles, so a draw is one look-up and the same everywhere.
+"""
+
+import hashlib
+from dataclasses import dataclass
+from functools import cache, lru_cache
+from math import ceil
+from statistics import NormalDist
+from typing import Final
+
+import numpy as np
+from numpy.random import PCG64, RandomState
+
+from upcycle.numeric import Array
+from upcycle.plan import Perturbation
+
+LEVELS: Final = 2**16  # a quarter of a generator's word
+LANES: Final = 4
+
+
+@dataclass(frozen=True)
+class UnitSums:
+    """Of each inner unit of one FFN matrix the sum of its `each` weights and of their squares, `[I]` in float64."""
+
+    sums: Array
+    squares: Array
+    each: int
+
+    def moments(self, units: Array | None = None) -> tuple[float, float]:
+        """Mean and standard deviation of the weights of some units, or of all."""
+        chosen = slice(None) if units is None else units
+        count = self.each * len(self.sums[chosen])
+        if not count:
+            return 0.0, 0.0
+        mean = float(self.sums[chosen].sum()) / count
+        return mean, max(0.0, float(self.squares[chosen].sum()) / count - mean**2) ** 0.5
+
+
+def perturbed(
+    values: Array, elements: Array, offset: int, perturbation: Perturbation, sums: UnitSums, columns: int, seed: int
+) -> Array:
+    """A stretch of a part's weights with its noise, or with the weights of dropped units drawn anew; in place.
+
+    Args:
+        values: fp32 `[n]`.
+        elements: `[n]`, where each stands in its source's matrix of so many `columns`.
+        offset: of the first in the part.
+        sums: of the source's units.
+        seed: the plan's random seed.
+    """
+    if perturbation.noise:
+        scale = np.float32(perturbation.noise * sums.moments()[1])
+        values += scale * normal(f"{seed}:noise:{perturbation.key}", offset, len(values))
+    if perturbation.drop:
+        units = dropped_units(seed, perturbation.key.partition("|")[0], perturbation.inner, perturbation.drop)
+        index = elements % columns if perturbation.axis else elements // columns % perturbation.inner
+        chosen = units[index]
+        mean, deviation = sums.moments(units)
+        drawn = normal(f"{seed}:drop:{perturbation.key}", offset, len(values))
+        values[chosen] = np.float32(mean) + np.float32(deviation) * drawn[chosen]
+    return values
+
+
+@lru_cache(maxsize=64)
+def dropped_units(seed: int, key: str, inner: int, share: float) -> Array:
+    """Which of `inner` units of an expert's FFN are drawn anew, `[I]`: floor(share * I) of them (arXiv:2502.19261)."""
+    chosen = np.zeros(inner, bool)
+    chosen[RandomState(_words(f"{seed}:units:{key}")).permutation(inner)[: int(share * inner)]] = True
+    return chosen
+
+
+def normal(key: str, start: int, count: int) -> Array:
+    """Standard normal numbers `[count]` in fp32, from number `start` of the stream of that name."""
+    generator = PCG64(_words(key))
+    first = start // LANES
+    generator.advance(first)
+    words = generator.random_raw(ceil((start + count) / LANES) - first)
+    lanes = words.astype("<u8", copy=False).view("<u2")[start - first * LANES :][:count]
+    drawn: Array = _quantiles()[lanes]
+    return drawn
+
+
+@cache
+def _quantiles() -> Array:
+    """The middle of each of `LEVELS` equally likely stretches of the normal distribution, fp32."""
+    upper = [NormalDist().inv_cdf((level + 0.5) / LEVELS) for level in range(LEVELS // 2, LEVELS)]
+    half = np.array(upper)
+    table = np.concatenate([-half[::-1], half])
+    scaled: Array = (table / table.std()).astype(np.float32)
+    return scaled
+
+
+def _words(key: str) -> Array:
+    return np.frombuffer(hashlib.sha256(key.encode()).digest(), np.uint32)
