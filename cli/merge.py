@@ -28,7 +28,7 @@ Seeds = Annotated[
     typer.Option(
         "--seeds",
         metavar="[NAME=]SEED ...",
-        help="Folders (or Hub repositories, repo@revision) of the dense checkpoints.",
+        help="Folders (or Hub repositories, repo@revision) of the dense checkpoints; BASE+ADAPTER with a LoRA adapter.",
     ),
 ]
 RecipeName = Annotated[str, typer.Option("--recipe", help="A recipe's name (see `upcycle recipes`) or a .toml file.")]
@@ -93,7 +93,7 @@ def merge(
     shard_bytes = parse_size(max_shard_size)
     experts = plan.num_experts if plan.format == "bam" else len(plan.sources)
     target = out or Path(f"{plan.recipe.name}-{experts}x")
-    check_target(target, yes, [source.folder for source in plan.sources])
+    check_target(target, yes, [folder for source in plan.sources for folder in source.folders])
     if dry_run:
         show_plan(plan, read, shard_bytes, as_json, target)
         return
@@ -178,7 +178,7 @@ def show_plan(
         return
     title = f"{plan.recipe.name} of {', '.join(seeds)} ({plan.layout.model.family.architecture}), format {plan.format}"
     output.cost_table(title, cost, dense, context)
-    if any(seed.remote for seed in read):
+    if any(seed.remotes for seed in read):
         output.data_line(f"To be downloaded: {output.size(download_bytes(read))}")
 
 
