@@ -389,8 +389,8 @@ def _product(columns: int, lora: LowRank, start: int, count: int, factors: Facto
     left, right = _rounded(_left(lora, first, end - first, factors.fetch), 1), factors.right(lora)
     if end - first == 1:
         right, begin = right[:, begin : begin + count], 0
-    total = np.zeros((end - first, right.shape[1]))
-    for rank in range(0, len(right), RANKS):
+    total = left[:, :RANKS] @ right[:RANKS]
+    for rank in range(RANKS, len(right), RANKS):
         total += left[:, rank : rank + RANKS] @ right[rank : rank + RANKS]
     total *= lora.scale
     return total.astype(np.float32).reshape(-1)[begin : begin + count]
