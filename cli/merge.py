@@ -28,7 +28,7 @@ Seeds = Annotated[
     typer.Option(
         "--seeds",
         metavar="[NAME=]SEED ...",
-        help="Folders (or Hub repositories, repo@revision) of the dense checkpoints.",
+        help="Folders (or Hub repositories, repo@revision) of the dense checkpoints; BASE+ADAPTER with a LoRA adapter.",
     ),
 ]
 RecipeName = Annotated[str, typer.Option("--recipe", help="A recipe's name (see `upcycle recipes`) or a .toml file.")]
@@ -98,7 +98,7 @@ def merge(
     shard_bytes = parse_size(max_shard_size)
     experts = len(plan.sources) if plan.format == "dense" else plan.num_experts
     target = out or Path(f"{plan.recipe.name}-{experts}x")
-    check_target(target, yes, [source.folder for source in plan.sources])
+    check_target(target, yes, [folder for source in plan.sources for folder in source.folders])
     if dry_run:
         show_plan(plan, read, shard_bytes, as_json, target)
         return
@@ -187,7 +187,7 @@ def show_plan(
     output.cost_table(title, cost, dense, context)
     if plan.native_misfit and plan.format == "bam":
         output.data_line(f"Why BAM's format and no class of transformers' own: {plan.native_misfit}.")
-    if any(seed.remote for seed in read):
+    if any(seed.remotes for seed in read):
         output.data_line(f"To be downloaded: {output.size(download_bytes(read))}")
 
 

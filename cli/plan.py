@@ -27,7 +27,9 @@ def plan(
     recipe: RecipeName,
     seeds: Annotated[
         list[str] | None,
-        typer.Option("--seeds", metavar="[NAME=]SEED ...", help="Folders, or Hub repositories: repo@revision."),
+        typer.Option(
+            "--seeds", metavar="[NAME=]SEED ...", help="Folders, or Hub repositories: repo@revision; BASE+ADAPTER."
+        ),
     ] = None,
     config: Annotated[
         Path | None, typer.Option(help="A dense model's config.json instead of seeds, with --num-experts.")

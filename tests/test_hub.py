@@ -231,7 +231,7 @@ def test_what_the_hub_refuses(hub: HubServer, cli: Cli, seeds: list[Path], tmp_p
     assert "there is no such repository, or it is private" in told("org/private")
     assert "it is gated; accept its terms" in told("org/gated")
     assert "its weights are pickled (pytorch_model.bin)" in told("org/pickled")
-    assert "it holds adapter_config.json" in told("org/adapter")
+    assert "holds an adapter alone; give it with its base: BASE+org/adapter" in told("org/adapter")
     assert "truncated" in told("org/halved")
     for file in ("config.json", "tokenizer.json"):
         bomb = Hollow(b"{")

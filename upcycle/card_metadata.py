@@ -8,7 +8,7 @@ from typing import Any, Final
 import yaml
 
 from upcycle.errors import DataError
-from upcycle.licenses import HUB_LICENSES, seed_records
+from upcycle.licenses import HUB_LICENSES, adapter_of, seed_records
 from upcycle.run_records import Source, as_number, clean
 
 # What stands above every card of ours.
@@ -51,7 +51,8 @@ def describe_metadata(
         evaluated: the evaluation's entry of this model.
     """
     seeds, recipe = seed_records(source.provenance), source.provenance.get("recipe")
-    bases = list(dict.fromkeys(filter(None, map(repository_of, seeds))))
+    origins = [record for seed in seeds for record in (seed, adapter_of(seed)) if record]
+    bases = list(dict.fromkeys(filter(None, map(repository_of, origins))))
     merged = len(seeds) > 1  # of one seed there are copies alone
     paper = _ARXIV.fullmatch(str(recipe.get("paper"))) if isinstance(recipe, dict) else None
     tags = {

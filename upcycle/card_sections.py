@@ -9,7 +9,7 @@ from urllib.parse import quote
 
 from upcycle.card_metadata import commit_of, repository_of
 from upcycle.checkpoint import MODELING_FILES
-from upcycle.licenses import Licensing, licensing, seed_records
+from upcycle.licenses import Licensing, adapter_of, licensing, seed_records
 from upcycle.markdown import code, grid, link, listed, plain, table
 from upcycle.mixture import router_records
 from upcycle.report_tables import MISSING, cost_table, describe, mix_facts, percent
@@ -151,13 +151,23 @@ def _routing(config: Mapping[str, Any]) -> str:
     return f"{text}, and all {config['num_experts']} attention experts{shared}, each by its gate."
 
 
+def _adapter_license(adapter: Mapping[str, Any] | None) -> str:
+    return "" if adapter is None else f", adapter {code(adapter.get('license') or 'not stated')}"
+
+
+def _origin(record: Mapping[str, Any], key: str = "") -> str:
+    """A link to the commit that a seed or an adapter was, else what stands under a key of its record."""
+    repository, commit = repository_of(record), commit_of(record)
+    at = f"/tree/{commit}" if commit else ""
+    return link(repository, f"{HUB}/{repository}{at}") if repository else plain(record.get(key) or MISSING)
+
+
 def seed_table(subject: Subject) -> str:
     """Where the experts come from; empty where upcycle.json does not say it."""
     ancestor, rows = subject.source.provenance.get("ancestor"), []
     for seed in subject.seeds:
-        repository, commit = repository_of(seed), commit_of(seed)
-        at = f"/tree/{commit}" if commit else ""
-        origin = link(repository, f"{HUB}/{repository}{at}") if repository else MISSING
+        commit, adapter = commit_of(seed), adapter_of(seed)
+        origin = _origin(seed) if adapter is None else f"{_origin(seed)} with the adapter {_origin(adapter, 'name')}"
         name = plain(seed.get("name"))
         known = len(subject.seeds) > 1 and seed.get("name") == ancestor
         rows.append(
@@ -165,7 +175,7 @@ def seed_table(subject: Subject) -> str:
                 f"{name}, the ancestor of the others" if known else name,
                 origin,
                 code(commit[:12] if commit else seed.get("revision") or MISSING),
-                code(seed.get("license") or "not stated"),
+                code(seed.get("license") or "not stated") + _adapter_license(adapter),
                 code(str(seed.get("fingerprint") or MISSING)[:12]),
             ]
         )

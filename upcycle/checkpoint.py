@@ -17,6 +17,7 @@ CONFIG: Final = "config.json"
 PROVENANCE: Final = "upcycle.json"
 SUMS: Final = "upcycle.sums.json"
 CARD: Final = "README.md"
+ADAPTER_CONFIG: Final = "adapter_config.json"
 TOKENIZER_CONFIG: Final = "tokenizer_config.json"
 # What a result takes over byte for byte, from the first seed.
 COPIED_FILES: Final = (
@@ -57,13 +58,50 @@ MAX_UNQUOTED: Final = 500_000  # bytes on end without a quotation mark
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """Where a tensor's bytes lie: `nbytes` from byte `offset` of `file`, row-major `shape` of `dtype`."""
+    """Where a tensor's bytes lie: `nbytes` from byte `offset` of `file`, row-major `shape` of `dtype`.
+
+    With `made` it lies nowhere as it is, and `upcycle.adapters` makes it as it is read.
+    """
 
     dtype: str
     shape: tuple[int, ...]
     file: Path
     offset: int
     nbytes: int
+    made: "Made | None" = None
+
+    @property
+    def files(self) -> set[Path]:
+        """Every file that it is read from."""
+        return {self.file} if self.made is None else self.made.files
+
+
+@dataclass(frozen=True)
+class LowRank:
+    """What an adapter adds to a matrix: `scale` times `left`, a column for each rank, times `right`, a row for each.
+
+    Names are those in the adapter's file, where an embedding's two are `transposed`.
+    """
+
+    left_name: str
+    left: TensorInfo
+    right_name: str
+    right: TensorInfo
+    scale: float
+    transposed: bool = False
+
+
+@dataclass(frozen=True)
+class Made:
+    """How a tensor is made of what files hold: `stored`, with `lora` added, cast to the tensor's dtype."""
+
+    stored: TensorInfo
+    lora: LowRank | None = None
+
+    @property
+    def files(self) -> set[Path]:
+        """Every file that it is read from."""
+        return {self.stored.file} | ({self.lora.left.file, self.lora.right.file} if self.lora else set())
 
 
 def read_json(

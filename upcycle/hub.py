@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, Final, TypeVar
 
 from upcycle.checkpoint import (
+    ADAPTER_CONFIG,
     CARD,
     CONFIG,
     COPIED_FILES,
@@ -41,6 +42,8 @@ RECORDS: Final = (RECORD, METRICS)
 ATTEMPTS: Final = 5
 NETWORK_ATTEMPTS: Final = 3  # where there is no answer at all
 WORKERS: Final = 4
+MAX_REMOTE_CARD: Final = 100_000  # bytes: what a plan downloads of a seed's card, for its licence
+GUESS: Final = 64_000  # bytes asked for at once of a file whose header has an unknown length
 MAX_FILE: Final = 100_000_000  # bytes of what is not weights; Gemma's tokenizers have 34 MB
 SILENCE: Final = 30  # seconds without an answer
 PASSING: Final = (408, 429, 500, 502, 503, 504)  # statuses that may be others a moment later
@@ -149,7 +152,7 @@ class Repository:
     @cached_property
     def folder(self) -> Path:
         """Where the cache keeps this commit's files."""
-        return self.get(CONFIG).parent
+        return self.get(_main_file(self.files)).parent
 
     def get(self, file: str) -> Path:
         """The place in the cache of a file that is not weights, downloaded if it is not there.
@@ -229,6 +232,11 @@ class Repository:
         return ask(f"Hub repository {self.name}, file {file}", call) if count else b""
 
 
+def _main_file(files: Iterable[str]) -> str:
+    """The file by which a repository is known in the cache."""
+    return ADAPTER_CONFIG if ADAPTER_CONFIG in files and CONFIG not in files else CONFIG
+
+
 def is_repository_name(source: str) -> bool:
     """Whether `source` reads like `name`, `org/name` or one with `@revision`."""
     repo, _, revision = source.partition("@")
@@ -253,9 +261,10 @@ def find_repository(source: str) -> Repository:
         files[sibling.rfilename] = RemoteFile(sibling.size or 0, etag or "")
     if info.sha is None:
         raise HubError(f"{what}: the Hub names no commit of it")
-    if CONFIG in files and files[CONFIG].size <= MAX_FILE and revision != info.sha:
+    main = _main_file(files)
+    if main in files and files[main].size <= MAX_FILE and revision != info.sha:
         # By the branch's name, by which the cache finds it again when nobody can be asked.
-        ask(what, lambda: hf_hub_download(info.id, CONFIG, revision=revision or None))
+        ask(what, lambda: hf_hub_download(info.id, main, revision=revision or None))
     return Repository(info.id, info.sha, files)
 
 
@@ -303,14 +312,14 @@ def read_remote_tensors(repository: Repository) -> dict[str, TensorInfo]:
     files = weight_files(repository)
     folder = repository.folder
     if files == [WEIGHTS]:
-        return _remote_header(repository, folder / WEIGHTS, 64_000)
+        return read_remote_header(repository, folder / WEIGHTS)
     weight_map = read_json(repository.get(INDEX), MAX_INDEX).get("weight_map")
     names = list(weight_map.values()) if isinstance(weight_map, dict) else []
     shards = {name: names.count(name) for name in names if name in files}
     with ThreadPoolExecutor(2 * WORKERS) as pool:
         # A tensor takes some 110 bytes of a header; what a guess lacks is asked for.
         read = {
-            folder / name: pool.submit(_remote_header, repository, folder / name, 500 + 120 * count)
+            folder / name: pool.submit(read_remote_header, repository, folder / name, 500 + 120 * count)
             for name, count in shards.items()
         }
         headers = {file: future.result() for file, future in read.items()}
@@ -323,7 +332,7 @@ def read_remote_tensors(repository: Repository) -> dict[str, TensorInfo]:
     return read_index(folder, header)
 
 
-def _remote_header(repository: Repository, file: Path, guess: int) -> dict[str, TensorInfo]:
+def read_remote_header(repository: Repository, file: Path, guess: int = GUESS) -> dict[str, TensorInfo]:
     """A safetensors header, of which some `guess` bytes are asked for at once if the file is not in the cache."""
     if file.is_file():
         return read_header(file)
@@ -369,12 +378,12 @@ def model_folder(
     return repository.folder
 
 
-def cached_folder(source: str) -> Path | None:
-    """The folder in the cache of a repository that was downloaded before, or None; asks nobody."""
+def cached_folder(source: str, file: str = CONFIG) -> Path | None:
+    """The folder in the cache of a repository of which `file` was downloaded before, or None; asks nobody."""
     from huggingface_hub import try_to_load_from_cache
 
     name, _, revision = source.partition("@")
-    found = try_to_load_from_cache(name, CONFIG, revision=revision or None)
+    found = try_to_load_from_cache(name, file, revision=revision or None)
     return Path(found).parent if isinstance(found, str) else None
 
 

@@ -55,7 +55,9 @@ class Journal:
 def identity(plan: str, max_shard_size: int, sources: Mapping[str, Mapping[str, TensorInfo]]) -> dict[str, Any]:
     """What makes a merge the same one: its plan's digest, the shards, and each source's files as they are now."""
     stamps = {
-        name: {file.name: list(stamp(file)) for file in sorted({info.file for info in tensors.values()})}
+        name: {
+            file.name: list(stamp(file)) for file in sorted({file for info in tensors.values() for file in info.files})
+        }
         for name, tensors in sources.items()
     }
     return {"upcycle": __version__, "sources": stamps, "plan": plan, "max_shard_size": max_shard_size}

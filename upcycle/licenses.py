@@ -55,13 +55,21 @@ def seed_records(provenance: Mapping[str, Any]) -> list[Mapping[str, Any]]:
     return [seed for seed in seeds if isinstance(seed, dict)] if isinstance(seeds, list) else []
 
 
+def adapter_of(seed: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    """What a seed's record says of its adapter; None if it had none."""
+    adapter = seed.get("adapter")
+    return adapter if isinstance(adapter, dict) else None
+
+
 def licensing(provenance: Mapping[str, Any]) -> Licensing:
     """What the seeds' licences, as an `upcycle.json` records them, allow the result to state."""
     seeds: dict[str | None, list[str]] = {}
     for seed in seed_records(provenance):
-        found = seed.get("license")
-        name = found.lower() if isinstance(found, str) and found.lower() not in ("", "unknown") else None
-        seeds.setdefault(name, []).append(str(seed.get("name")))
+        for record, label in ((seed, str(seed.get("name"))), (adapter_of(seed), f"adapter of {seed.get('name')}")):
+            if record is not None:
+                found = record.get("license")
+                name = found.lower() if isinstance(found, str) and found.lower() not in ("", "unknown") else None
+                seeds.setdefault(name, []).append(label)
     if not seeds:
         lost = "it is an expert of a mixture, and upcycle.json does not say under which licences its seeds are"
         return Licensing(None, [lost] if "extracted" in provenance else [])

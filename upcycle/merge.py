@@ -24,6 +24,7 @@ from typing import Any, Final
 import numpy as np
 from numpy.random import RandomState
 
+from upcycle.adapters import Factors, read_made
 from upcycle.card import read_card, write_card
 from upcycle.checkpoint import (
     CONFIG,
@@ -95,9 +96,9 @@ def merge(
         CheckpointError: a source file became shorter or cannot be read.
     """
     began = time.monotonic()
-    check = partial(check_target, out, overwrite, [source.folder for source in plan.sources])
+    check = partial(check_target, out, overwrite, [folder for source in plan.sources for folder in source.folders])
     check()
-    files = {info.file: source.name for source in plan.sources for info in source.tensors.values()}
+    files = {file: source.name for source in plan.sources for file in source.files}
     check_sources(files | dict.fromkeys(plan.copied.values(), plan.sources[0].name))
     needed = plan.nbytes + sum(file.stat().st_size for file in plan.copied.values())
     check_place(out, needed)
@@ -155,7 +156,7 @@ def _ignore(_: Any) -> None:
 def _check_unchanged(plan: MergePlan, before: Mapping[str, Any]) -> None:
     """Refuse what was made from files that changed while they were read."""
     for source in plan.sources:
-        for file in {info.file for info in source.tensors.values()}:
+        for file in source.files:
             if list(stamp(file)) != before["sources"][source.name][file.name]:
                 raise SeedError(
                     f"seed '{source.name}': {file} was changed while it was read; merge again when nobody writes it"
@@ -274,10 +275,11 @@ class Reader:
     def __init__(self, plan: MergePlan, stack: ExitStack) -> None:
         self.sources = plan.sources
         self.descriptors: dict[Path, int] = {}
-        for file in sorted({info.file for source in plan.sources for info in source.tensors.values()}):
+        for file in sorted({file for source in plan.sources for file in source.files}):
             self.descriptors[file] = stack.enter_context(file.open("rb", buffering=0)).fileno()
         self.sums: dict[tuple[int, str, int], UnitSums] = {}
         self.lock = threading.Lock()
+        self.factors = Factors(lambda info, start, count: self._fill(info, start, np.empty(count, np.uint8)).data)
 
     def info(self, source: Source) -> TensorInfo:
         return self.sources[source.checkpoint].tensors[source.tensor]
@@ -287,13 +289,21 @@ class Reader:
         info = self.info(source)
         item = ITEM_SIZE[info.dtype]
         data = into[: count * item]
+        if info.made is None:
+            return self._fill(info, start * item, data)
+        try:
+            data[:] = read_made(info, start, count, self.factors)
+        except CheckpointError as error:
+            raise SeedError(f"seed '{self.sources[source.checkpoint].name}': {error}") from error
+        return data
+
+    def _fill(self, info: TensorInfo, start: int, data: Array) -> Array:
+        """Fill `data` with what a file holds of a tensor from byte `start`."""
         done = 0
         while done < len(data):
-            got = os.preadv(self.descriptors[info.file], [data[done:].data], info.offset + start * item + done)
+            got = os.preadv(self.descriptors[info.file], [data[done:].data], info.offset + start + done)
             if not got:
-                raise CheckpointError(
-                    f"{info.file} ends before tensor '{source.tensor}' does; it became shorter meanwhile"
-                )
+                raise CheckpointError(f"{info.file} ends before its tensors do; it became shorter meanwhile")
             done += got
         return data
 

@@ -19,7 +19,7 @@ from upcycle.native import NATIVE, NativeClass, native_config, native_misfit
 from upcycle.numeric import Array
 from upcycle.recipe import ANCESTOR, EQUAL, FROM_TEXT, MEAN, SEED_PREFIX, USAGE, WEIGHTED, Recipe, mixed_layers
 from upcycle.recipe_file import MAX_EXPERTS
-from upcycle.seeds import Seed, check_tensors, read_license
+from upcycle.seeds import Seed, adapter_record, check_tensors, read_license
 from upcycle.version import __version__
 
 FORMATS: Final = ("auto", "native", "bam")
@@ -124,6 +124,16 @@ class SourceCheckpoint:
     name: str
     folder: Path
     tensors: Mapping[str, TensorInfo]
+
+    @property
+    def files(self) -> set[Path]:
+        """Every file that its weights are read from."""
+        return {file for info in self.tensors.values() for file in info.files}
+
+    @property
+    def folders(self) -> set[Path]:
+        """Its folder, and those of these files."""
+        return {self.folder, *(file.parent for file in self.files)}
 
 
 @dataclass(frozen=True)
@@ -302,6 +312,7 @@ def _provenance(
             "license": read_license(seed.folder),
             "fingerprint": fingerprint(seed, samples[index]) if seed.here else None,
             "dropped": sorted({*dropped[index], *unused[index]}),
+            **({"adapter": adapter_record(seed.adapter)} if seed.adapter else {}),
         }
         for index, seed in enumerate(seeds)
     ]

@@ -5,13 +5,23 @@ import json
 import os
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import combinations
 from pathlib import Path
 from typing import Any, Final
 
 from upcycle import hub
-from upcycle.checkpoint import CARD, CONFIG, COPIED_FILES, TensorInfo, read_json, read_tensors
+from upcycle.adapters import Adapter, Factors, adapt, last_component, read_adapter, read_made, split_adapter
+from upcycle.checkpoint import (
+    ADAPTER_CONFIG,
+    CARD,
+    CONFIG,
+    COPIED_FILES,
+    ITEM_SIZE,
+    TensorInfo,
+    read_json,
+    read_tensors,
+)
 from upcycle.dense_config import DenseModel, differences, read_dense
 from upcycle.errors import CheckpointError, HubError, SeedError
 from upcycle.hub import Repository
@@ -21,7 +31,6 @@ MAX_SPEC: Final = 1000
 MAX_TOKENIZER: Final = 100_000_000  # bytes; Gemma's are 34 MB
 MAX_TOKENIZER_VALUES: Final = 4_000_000  # Gemma's have about 2.5 million, merges included
 MAX_CARD: Final = 1_000_000  # characters
-MAX_REMOTE_CARD: Final = 100_000  # bytes: what a plan downloads of a seed's card, for its licence
 
 # Files that say which id a token has, in the order in which they are asked.
 VOCABULARIES: Final = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
@@ -34,6 +43,7 @@ class Seed:
     Attributes:
         repository, revision: its name on the Hub and the commit, if it comes from there.
         remote: what the Hub says of it; what is not in `folder`, the cache, can be had from there.
+        adapter: what changes the weights of the checkpoint in `folder`, as `tensors` say.
     """
 
     name: str
@@ -44,6 +54,7 @@ class Seed:
     repository: str | None = None
     revision: str | None = None
     remote: Repository | None = None
+    adapter: Adapter | None = None
 
     @property
     def where(self) -> str:
@@ -53,7 +64,17 @@ class Seed:
     @property
     def here(self) -> bool:
         """Whether all its weights are on the disk."""
-        return self.remote is None or all(file.is_file() for file in {info.file for info in self.tensors.values()})
+        return not self.remotes or all(file.is_file() for file in self.files)
+
+    @property
+    def files(self) -> set[Path]:
+        """Every file that its weights are read from."""
+        return {file for info in self.tensors.values() for file in info.files}
+
+    @property
+    def remotes(self) -> list[Repository]:
+        """The repositories that it is read from, its adapter's included."""
+        return [remote for remote in (self.remote, self.adapter and self.adapter.remote) if remote]
 
     def holds(self, file: str) -> bool:
         """Whether the checkpoint has a file of that name, on the disk or on the Hub."""
@@ -65,15 +86,26 @@ class Seed:
 
     def read(self, info: TensorInfo, start: int, count: int) -> bytes:
         """`count` bytes of a tensor from byte `start`; asked of the Hub if the file is not on the disk."""
-        if self.remote and not info.file.is_file():
-            return self.remote.read(info.file.name, info.offset + start, count)
+        if info.made is None:
+            return self._read_stored(info, start, count)
+        item = ITEM_SIZE[info.dtype]
+        try:
+            return read_made(info, start // item, count // item, Factors(self._read_stored)).tobytes()
+        except CheckpointError as error:
+            raise SeedError(f"{self.where}: {error}") from error
+
+    def _read_stored(self, info: TensorInfo, start: int, count: int) -> bytes:
+        if not info.file.is_file():
+            for remote in self.remotes:
+                if remote.folder == info.file.parent:
+                    return remote.read(info.file.name, info.offset + start, count)
         with info.file.open("rb") as handle:
             handle.seek(info.offset + start)
             return handle.read(count)
 
 
 def read_seeds(specs: Sequence[str]) -> list[Seed]:
-    """Read seeds given as `path`, `repo`, `repo@revision` or `name=` before one of these.
+    """Read seeds given as `path`, `repo`, `repo@revision`, two of these as `base+adapter`, or `name=` before it.
 
     Raises:
         SeedError: a seed that cannot be read, two of one name, or seeds that do not belong together.
@@ -93,7 +125,7 @@ def read_seeds(specs: Sequence[str]) -> list[Seed]:
 
 def download_bytes(seeds: Sequence[Seed]) -> int:
     """How many bytes of seeds on the Hub are not here yet."""
-    return sum(seed.remote.files[file].size for seed, files in _missing(seeds) if seed.remote for file in files)
+    return sum(remote.files[file].size for remote, files in _missing(seeds) for file in files)
 
 
 def download(seeds: Sequence[Seed], progress: Callable[[int], None]) -> None:
@@ -102,19 +134,21 @@ def download(seeds: Sequence[Seed], progress: Callable[[int], None]) -> None:
     Raises:
         HubError: it cannot be had, or the disk has no room.
     """
-    for seed, files in _missing(seeds):
-        if seed.remote:
-            seed.remote.download(files, progress)
+    for remote, files in _missing(seeds):
+        remote.download(files, progress)
 
 
-def _missing(seeds: Sequence[Seed]) -> list[tuple[Seed, list[str]]]:
-    """What is not here of each seed; the first one's tokenizer goes into the result."""
-    found = []
-    for seed in (seed for seed in seeds if seed.remote):
-        wanted = {info.file.name for info in seed.tensors.values()} | {CARD}
-        wanted |= {*COPIED_FILES} if seed is seeds[0] else set()
-        found.append((seed, [] if seed.remote is None else seed.remote.missing(wanted & {*seed.remote.files})))
-    return found
+def _missing(seeds: Sequence[Seed]) -> list[tuple[Repository, list[str]]]:
+    """What is not here of each repository; the first seed's tokenizer goes into the result."""
+    wanted: dict[Path, set[str]] = {}  # by folder: several seeds may have one base
+    remotes: dict[Path, Repository] = {}
+    for seed in seeds:
+        for remote in seed.remotes:
+            remotes[remote.folder] = remote
+            names = wanted.setdefault(remote.folder, {CARD})
+            names |= {file.name for file in seed.files if file.parent == remote.folder}
+            names |= {*COPIED_FILES} if seed is seeds[0] and remote is seed.remote else set()
+    return [(remote, remote.missing(wanted[folder] & {*remote.files})) for folder, remote in remotes.items()]
 
 
 def _split_name(spec: str) -> tuple[str, str]:
@@ -123,10 +157,11 @@ def _split_name(spec: str) -> tuple[str, str]:
     name, equals, source = spec.partition("=")
     if not equals or "/" in name or os.path.exists(spec):
         name, source = "", spec
-    if not source:
-        raise SeedError(f"seed '{spec}' names no folder; expected path, repo, repo@revision or name=path")
+    base, adapter = split_adapter(source)
+    if not base or adapter == "":
+        raise SeedError(f"seed '{spec}' names no folder; expected path, repo, repo@revision, base+adapter or name=path")
     # The last component as written: what a link points to must not decide the result's bytes.
-    name = name or os.path.basename(os.path.abspath(source if os.path.exists(source) else source.partition("@")[0]))
+    name = name or last_component(adapter or base)
     if not re.fullmatch(r"[\w.+-]*[A-Za-z_][\w.+-]*", name):
         raise SeedError(
             f"seed '{spec}': '{name}' is no name (letters, digits and ._+-, not a number); give one: NAME={source}"
@@ -135,13 +170,19 @@ def _split_name(spec: str) -> tuple[str, str]:
 
 
 def read_seed(name: str, source: str) -> Seed:
-    """Read one seed's config and headers; a `source` that is no folder is looked up on the Hub.
+    """Read one seed's config and headers; a `source` (or a part of `base+adapter`) that is no folder is looked up on
+    the Hub.
 
     Raises:
         SeedError: what is missing or wrong, and in which file.
     """
     try:
-        return _read_seed(name, source)
+        base, adapter = split_adapter(source)
+        seed = _read_seed(name, base)
+        if not adapter:
+            return seed
+        read = read_adapter(adapter)
+        return replace(seed, tensors=adapt(seed.tensors, seed.model, read), adapter=read)
     except (OSError, CheckpointError, HubError) as error:
         raise SeedError(f"seed '{name}': {error}") from error
 
@@ -154,6 +195,8 @@ def _read_seed(name: str, source: str) -> Seed:
         )
     if not folder.is_dir():
         return _read_hub_seed(name, source)
+    if (folder / ADAPTER_CONFIG).is_file() and not (folder / CONFIG).exists():
+        raise SeedError(f"seed '{name}': {folder} holds an adapter alone; give it with its base: BASE+{folder}")
     return _make_seed(name, folder, read_json(folder / CONFIG), read_tensors(folder))
 
 
@@ -170,8 +213,10 @@ def _read_hub_seed(name: str, source: str) -> Seed:
         config, tensors = read_json(folder / CONFIG), read_tensors(folder)
         return _make_seed(name, folder, config, tensors, source.partition("@")[0], folder.name)
     remote = hub.look_up(source)
+    if ADAPTER_CONFIG in remote.files and CONFIG not in remote.files:
+        raise SeedError(f"seed '{name}': {remote.name} holds an adapter alone; give it with its base: BASE+{source}")
     tensors = hub.read_remote_tensors(remote)
-    if CARD in remote.files and remote.files[CARD].size <= MAX_REMOTE_CARD:
+    if CARD in remote.files and remote.files[CARD].size <= hub.MAX_REMOTE_CARD:
         remote.get(CARD)  # for its licence
     return _make_seed(name, remote.folder, read_json(remote.get(CONFIG)), tensors, remote.name, remote.commit, remote)
 
@@ -364,6 +409,16 @@ def _token_ids(seed: Seed, file: str) -> dict[str, int]:
         raise SeedError(f"{seed.where}: {error}") from error
     except (AttributeError, KeyError, OverflowError, TypeError, ValueError) as error:
         raise SeedError(f"{seed.where}: no vocabulary can be read from {file} ({error!r})") from error
+
+
+def adapter_record(adapter: Adapter) -> dict[str, str | None]:
+    """What `upcycle.json` says of a seed's adapter."""
+    return {
+        "name": adapter.name,
+        "repository": adapter.repository,
+        "revision": adapter.revision,
+        "license": read_license(adapter.folder),
+    }
 
 
 def read_license(folder: Path) -> str | None:
