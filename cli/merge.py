@@ -41,6 +41,13 @@ Dtype = Annotated[
 NumExperts = Annotated[int | None, typer.Option(max=1024, help="Copies of the seed, for recipes that copy one.")]
 RandomSeed = Annotated[int, typer.Option(min=0, max=2**63, help="From which the routers are drawn.")]
 Unrelated = Annotated[bool, typer.Option("--allow-unrelated", help="Mix seeds that share no ancestor.")]
+AlignVocab = Annotated[
+    bool, typer.Option("--align-vocab", help="Match rows of embedding and head by token where seeds have added tokens.")
+]
+ChatTemplate = Annotated[
+    str | None,
+    typer.Option("--chat-template", metavar="NAME", help="Take this seed's chat template.", show_default="the first's"),
+]
 MaxShardSize = Annotated[str, typer.Option(help="Bytes of weights in one file: 5GB, 500MB, ...")]
 RouterData = Annotated[
     list[str] | None,
@@ -65,6 +72,8 @@ def merge(
     router_tokens: RouterTokens = 16_384,
     max_shard_size: MaxShardSize = "5GB",
     allow_unrelated: Unrelated = False,
+    align_vocab: AlignVocab = False,
+    chat_template: ChatTemplate = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only show what would be made and what it costs.")] = False,
     yes: Annotated[bool, typer.Option("--yes", help="Overwrite a former result.")] = False,
     push_to: PushTo = None,
@@ -81,7 +90,9 @@ def merge(
 
     if license and not push_to:
         raise typer.BadParameter("--license is for --push-to")
-    made = read_merge(seeds, recipe, overrides or [], dtype, num_experts, random_seed, allow_unrelated)
+    made = read_merge(
+        seeds, recipe, overrides or [], dtype, num_experts, random_seed, allow_unrelated, align_vocab, chat_template
+    )
     make, read = made.plan, made.seeds
     names = [seed.name for seed in read]
     # Only the option and the recipe are looked at so far, and what can be planned before the text is read.
@@ -132,13 +143,19 @@ def read_merge(
     num_experts: int | None,
     random_seed: int,
     allow_unrelated: bool,
+    align_vocab: bool,
+    chat_template: str | None,
 ) -> Inputs:
-    """Read recipe and seeds."""
+    """Read recipe and seeds, and say what becomes of tokens and chat templates that differ."""
+    from upcycle.chat_template import template_note
     from upcycle.plan import plan_merge
     from upcycle.recipe import load_recipe
     from upcycle.seeds import read_seeds
+    from upcycle.vocabulary import align
 
     loaded = load_recipe(recipe, overrides)
+    read = read_seeds(seeds, align_vocab)
+    alignment = align(read) if align_vocab else None
     make = partial(
         plan_merge,
         loaded,
@@ -146,11 +163,17 @@ def read_merge(
         num_experts=num_experts,
         random_seed=random_seed,
         allow_unrelated=allow_unrelated,
+        alignment=alignment,
+        chat_template=chat_template,
     )
-    read = read_seeds(seeds)
     for seed, spec in zip(read, seeds, strict=True):
         if seed.repository and seed.repository not in spec:
             output.note(f"{spec} is now {seed.repository} on the Hub")
+    for line in alignment.notes() if alignment else []:
+        output.note(line)
+    templates = template_note(read, chat_template)
+    if templates:
+        output.note(templates)
     return Inputs(loaded, read, make)
 
 

@@ -45,6 +45,7 @@ from upcycle.numeric import FLOATS, Array, first_not_finite, to_float32
 from upcycle.plan import MergePlan, Part, PlannedGroup, PlannedTensor, RandomInit, Source
 from upcycle.preflight import check_handles, check_place, check_readable_again, check_sources
 from upcycle.staging import check_target, remove, staging
+from upcycle.vocabulary import extend_tokenizer, usage_of
 
 THREADS: Final = 2
 CHUNK: Final = 4 << 20  # bytes a job moves
@@ -133,6 +134,7 @@ def _write_companions(plan: MergePlan, folder: Path, shards: Sequence[Shard]) ->
         shutil.copyfile(source, folder / name)
     if plan.tokenizer_config is not None:
         write_json(folder / TOKENIZER_CONFIG, plan.tokenizer_config)
+    extend_tokenizer(folder, plan.added_tokens)
     if len(shards) > 1:
         write_json(folder / INDEX, index_json(shards))
     write_json(folder / PROVENANCE, {**plan.provenance, "plan": plan.digest()})
@@ -327,8 +329,11 @@ def jobs(plan: MergePlan, reader: Reader, tensor: PlannedTensor) -> Iterator[Job
     """What makes a tensor's bytes, in their order."""
     if tensor.init:
         yield _init_job(plan.random_seed, tensor, tensor.init)
+    row = 0  # of the output, where usage counts them
     for group in tensor.groups:
-        yield from _group_jobs(reader, tensor.dtype, group, plan.usage)
+        usage = None if plan.usage is None else plan.usage[row : row + group.rows]
+        yield from _group_jobs(reader, tensor.dtype, group, usage)
+        row += group.rows
 
 
 def _group_jobs(reader: Reader, dtype: str, group: PlannedGroup, usage: Array | None) -> Iterator[Job]:
@@ -337,7 +342,7 @@ def _group_jobs(reader: Reader, dtype: str, group: PlannedGroup, usage: Array | 
     widest = max(group.width, *(source.stride for part in group.parts for source in part.sources))
     by_usage = any(part.by_usage for part in group.parts)  # whose rows have weights of their own
     large = 4 * widest > CHUNK or all(part.block * item >= CONTIGUOUS for part in group.parts)
-    if group.rows == 1 or (large and not by_usage):
+    if (group.rows == 1 or large) and not by_usage:
         for row in range(group.rows):
             for part in group.parts:
                 yield from _block_jobs(reader, dtype, part, row)
@@ -371,7 +376,7 @@ def _rows_job(reader: Reader, dtype: str, group: PlannedGroup, first: int, count
             weights: tuple[float, ...] | Array = part.weights
             if part.by_usage:
                 assert usage is not None, "a plan that was made again without its text cannot be run"
-                weights = usage[first : first + count]
+                weights = usage_of(usage[first : first + count], [source.checkpoint for source in part.sources])
             mixed = _mix(reader, dtype, part.sources, weights, part.block, first, count, buffers)
             rows[:, column : column + width] = mixed.reshape(count, width)
             column += width

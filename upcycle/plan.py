@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from upcycle.ancestry import check_related, find_ancestor, fingerprint, sample
+from upcycle.chat_template import take_template
 from upcycle.checkpoint import ITEM_SIZE, TensorInfo
 from upcycle.companions import bam_config, copied_files, dense_config, plain_tokenizer_config
 from upcycle.dense_config import DenseModel
@@ -19,6 +20,7 @@ from upcycle.numeric import Array
 from upcycle.recipe import EXPERTS, FROM_TEXT, SEED_PREFIX, USAGE, WEIGHTED, Recipe
 from upcycle.seeds import Seed, check_tensors, read_license
 from upcycle.version import __version__
+from upcycle.vocabulary import TABLES, Alignment, own_shapes
 
 
 @dataclass(frozen=True)
@@ -105,6 +107,7 @@ class MergePlan:
             a plan is made again without the text.
         copied: files taken over byte for byte, by the output's name.
         tokenizer_config: the output's tokenizer_config.json where it must differ from the seed's, else None.
+        added_tokens: what the output's tokenizer has beyond the first seed's, as its tokenizer.json lists it.
     """
 
     format: str
@@ -119,6 +122,7 @@ class MergePlan:
     layout: Layout
     recipe: Recipe
     usage: Array | None = None
+    added_tokens: tuple[Mapping[str, Any], ...] = ()
 
     @property
     def nbytes(self) -> int:
@@ -156,6 +160,8 @@ def plan_merge(
     allow_unrelated: bool = False,
     text: Mapping[str, Any] | None = None,
     usage: Array | None = None,
+    alignment: Alignment | None = None,
+    chat_template: str | None = None,
 ) -> MergePlan:
     """Plan the merge of `seeds` by `recipe`; reads nothing but headers and 2048 elements of every tensor.
 
@@ -172,6 +178,8 @@ def plan_merge(
         text: what is recorded of the text that routers are set from after the merge; None if there is none.
         usage: `[vocabulary, seeds]`, how the rows of embedding and head are weighted where the recipe mixes them by
             usage; rows sum to 1.
+        alignment: `vocabulary.align(seeds)` for seeds that were read to be aligned, else None.
+        chat_template: the name of the seed whose chat template is taken; None for the first seed's.
 
     Raises:
         RecipeError, SeedError, CheckpointError: what cannot be served, before anything is written.
@@ -181,22 +189,27 @@ def plan_merge(
     first = seeds[0]
     check_recipe(recipe, first.model, experts)
     _check_names(recipe, seeds)
-    layout = make_layout(first.model, recipe, experts)
-    dropped = [check_tensors(seed, layout.dense) for seed in seeds]
+    layout = make_layout(alignment.model(first.model) if alignment else first.model, recipe, experts)
+    dropped = [check_tensors(seed, own_shapes(seed, layout.dense)) for seed in seeds]
     _check_dtypes(seeds, layout.dense, dtype)
     samples = [sample(seed) for seed in seeds]
     if not allow_unrelated:
         check_related(seeds, samples)
 
     main_dtype = dtype or first.tensors[f"{first.model.family.base}.{first.model.family.embedding}.weight"].dtype
-    planner = _Planner(recipe, seeds, experts, dtype, main_dtype)
+    planner = _Planner(recipe, seeds, experts, dtype, main_dtype, alignment)
     tensors = tuple(planner.tensor(tensor) for tensor in layout.mixture)
     unused = _check_complete(tensors, layout, len(seeds))
     is_bam = recipe.ffn_experts
+    config = alignment.config(first.config, first.model) if alignment else dict(first.config)
     if is_bam:
-        config = bam_config(first.config, layout, recipe, planner.expert_names(), main_dtype)
+        config = bam_config(config, layout, recipe, planner.expert_names(), main_dtype)
     else:
-        config = dense_config(first.config, dtype)
+        config = dense_config(config, dtype)
+    copied = copied_files(first.folder, with_code=is_bam)
+    tokenizer_config: Mapping[str, Any] | None = plain_tokenizer_config(first) if is_bam else None
+    if chat_template is not None:
+        copied, tokenizer_config = take_template(seeds, chat_template, copied, tokenizer_config)
     return MergePlan(
         format="bam" if is_bam else "dense",
         num_experts=experts if is_bam else 1,
@@ -204,13 +217,16 @@ def plan_merge(
         tensors=tensors,
         config=config,
         provenance=_provenance(planner, samples, dropped, unused, random_seed)
-        | ({} if text is None else {"router_text": dict(text)}),
+        | ({} if text is None else {"router_text": dict(text)})
+        | ({} if alignment is None else {"vocabulary": alignment.record()})
+        | ({} if chat_template is None else {"chat_template": chat_template}),
         random_seed=random_seed,
-        copied=copied_files(first.folder, with_code=is_bam),
-        tokenizer_config=plain_tokenizer_config(first) if is_bam else None,
+        copied=copied,
+        tokenizer_config=tokenizer_config,
         layout=layout,
         recipe=recipe,
         usage=usage,
+        added_tokens=alignment.added if alignment else (),
     )
 
 
@@ -320,8 +336,17 @@ def _check_dtypes(seeds: Sequence[Seed], dense: Mapping[str, tuple[int, ...]], d
 
 
 class _Planner:
-    def __init__(self, recipe: Recipe, seeds: Sequence[Seed], experts: int, dtype: str | None, main_dtype: str) -> None:
+    def __init__(
+        self,
+        recipe: Recipe,
+        seeds: Sequence[Seed],
+        experts: int,
+        dtype: str | None,
+        main_dtype: str,
+        alignment: Alignment | None,
+    ) -> None:
         self.recipe, self.seeds, self.dtype, self.main_dtype = recipe, seeds, dtype, main_dtype
+        self.alignment = alignment
         self.experts = [0] * experts if recipe.copies else list(range(experts))
 
     def expert_names(self) -> list[str]:
@@ -334,7 +359,7 @@ class _Planner:
             std = router.std if router.init == "random" else 0.0
             init = RandomInit(std, router.init in FROM_TEXT)
             return PlannedTensor(tensor.name, self.main_dtype, tensor.shape, init=init)
-        groups = tuple(self.group(group) for group in tensor.groups)
+        groups = tuple(planned for group in tensor.groups for planned in self.groups(group))
         names = {piece.tensor for group in tensor.groups for piece in group.pieces}
         dtypes = {self.dtype or self.seeds[0].tensors[name].dtype for name in names}
         if len(dtypes) > 1:
@@ -343,6 +368,21 @@ class _Planner:
                 f"{', '.join(sorted(dtypes))}; --dtype converts them"
             )
         return PlannedTensor(tensor.name, dtypes.pop(), tensor.shape, groups)
+
+    def groups(self, group: Group) -> Iterator[PlannedGroup]:
+        if self.alignment is None or group.pieces[0].role not in TABLES:
+            yield self.group(group)
+            return
+        (piece,) = group.pieces
+        by_usage = self.recipe.mix[piece.role] == USAGE
+        indices, weights = self.mix(piece.role, 0)
+        width = self.seeds[0].tensors[piece.tensor].shape[1]
+        for run in self.alignment.runs:
+            having, shares = run.mixed(indices, weights)
+            # One block but where each row has weights of its own.
+            rows, block = (run.rows, width) if by_usage else (1, run.rows * width)
+            sources = tuple(Source(index, piece.tensor, (run.starts[index] or 0) * width, block) for index in having)
+            yield PlannedGroup(rows, (Part(block, sources, (1.0,) if by_usage else shares, by_usage),))
 
     def group(self, group: Group) -> PlannedGroup:
         if self.recipe.mix[group.pieces[0].role] == USAGE:
