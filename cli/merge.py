@@ -110,8 +110,9 @@ def merge(
         return
     if push_to:
         prepare_push(push_to, plan.provenance, license)
-    if fetch_seeds(read) and not sources:
-        plan = make(read)
+    if fetch_seeds(read):
+        tell_template(read, chat_template)
+        plan = plan if sources else make(read)
     text = None
     if sources:
         model = plan.layout.model
@@ -147,7 +148,6 @@ def read_merge(
     chat_template: str | None,
 ) -> Inputs:
     """Read recipe and seeds, and say what becomes of tokens and chat templates that differ."""
-    from upcycle.chat_template import template_note
     from upcycle.plan import plan_merge
     from upcycle.recipe import load_recipe
     from upcycle.seeds import read_seeds
@@ -171,10 +171,17 @@ def read_merge(
             output.note(f"{spec} is now {seed.repository} on the Hub")
     for line in alignment.notes() if alignment else []:
         output.note(line)
-    templates = template_note(read, chat_template)
-    if templates:
-        output.note(templates)
+    tell_template(read, chat_template)
     return Inputs(loaded, read, make)
+
+
+def tell_template(read: "Sequence[Seed]", chosen: str | None) -> None:
+    """Say whose chat template is taken where seeds that are here have several."""
+    from upcycle.chat_template import template_note
+
+    note = template_note(read, chosen)
+    if note:
+        output.note(note)
 
 
 def show_plan(

@@ -6,16 +6,18 @@ from typing import Any, Final
 
 from upcycle.checkpoint import MAX_JSON, TOKENIZER_CONFIG, read_json
 from upcycle.errors import CheckpointError, SeedError, did_you_mean
-from upcycle.seeds import Seed
+from upcycle.seeds import CHAT_TEMPLATES, Seed
 
 JINJA: Final = "chat_template.jinja"
-KEY: Final = "chat_template"  # in tokenizer_config.json, and in the file that older processors write
-FILES: Final = (JINJA, "chat_template.json")
+KEY: Final = "chat_template"  # in tokenizer_config.json and chat_template.json
+FILES: Final = tuple(file for file in CHAT_TEMPLATES if file != TOKENIZER_CONFIG)
 OPTION: Final = "--chat-template"
 
 
 def template_note(seeds: Sequence[Seed], chosen: str | None) -> str | None:
-    """Whose chat template the result has, where there is more than one to choose from."""
+    """Whose chat template the result has, where there is more than one to choose from and all seeds are here."""
+    if not all(seed.here for seed in seeds) or chosen not in (None, *(seed.name for seed in seeds)):
+        return None
     templates = [_template(seed) for seed in seeds]
     different = [one for one in templates if one is not None and one != templates[0]]
     if not different:
@@ -74,7 +76,7 @@ def _template(seed: Seed) -> Any:
         except (OSError, ValueError) as error:
             raise SeedError(f"{seed.where}: {JINJA} cannot be read: {error}") from error
     inside = _inside(seed, TOKENIZER_CONFIG)
-    return _inside(seed, FILES[1]) if inside is None else inside
+    return _inside(seed, "chat_template.json") if inside is None else inside
 
 
 def _inside(seed: Seed, file: str) -> Any:

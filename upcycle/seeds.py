@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from upcycle import hub
-from upcycle.checkpoint import CARD, CONFIG, COPIED_FILES, TensorInfo, read_json, read_tensors
+from upcycle.checkpoint import CARD, CONFIG, COPIED_FILES, TOKENIZER_CONFIG, TensorInfo, read_json, read_tensors
 from upcycle.dense_config import DenseModel, differences, read_dense
 from upcycle.errors import CheckpointError, HubError, SeedError
 from upcycle.hub import Repository
@@ -25,6 +25,10 @@ MAX_REMOTE_CARD: Final = 100_000  # bytes: what a plan downloads of a seed's car
 
 # Files that say which id a token has, in the order in which they are asked.
 VOCABULARIES: Final = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
+
+
+# Where a chat template may stand.
+CHAT_TEMPLATES: Final = ("chat_template.jinja", "chat_template.json", TOKENIZER_CONFIG)
 
 
 @dataclass(frozen=True)
@@ -114,11 +118,11 @@ def download(seeds: Sequence[Seed], progress: Callable[[int], None]) -> None:
 
 
 def _missing(seeds: Sequence[Seed]) -> list[tuple[Seed, list[str]]]:
-    """What is not here of each seed; the first one's tokenizer goes into the result."""
+    """What is not here of each seed; the first one's tokenizer goes into the result, anyone's chat template may."""
     found = []
     for seed in (seed for seed in seeds if seed.remote):
         wanted = {info.file.name for info in seed.tensors.values()} | {CARD}
-        wanted |= {*COPIED_FILES} if seed is seeds[0] else set()
+        wanted |= {*COPIED_FILES} if seed is seeds[0] else {*CHAT_TEMPLATES}
         found.append((seed, [] if seed.remote is None else seed.remote.missing(wanted & {*seed.remote.files})))
     return found
 
