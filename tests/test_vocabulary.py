@@ -14,6 +14,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import upcycle
 from tests.conftest import branch, run_cli, tokenizer_json, words, write_tokenizer
+from tests.fuzz.checkpoints import as_json
+from tests.test_fuzz import SECONDS, TOKENIZERS, measured
 from tests.tiny import BY_NAME, VOCAB, edit_json, make_seed
 from upcycle.errors import SeedError
 from upcycle.merge import merge
@@ -426,16 +428,17 @@ def test_a_large_tokenizer_takes_bounded_memory_and_time(seeds, tmp_path):
         (path / "tokenizer.json").write_text(json.dumps({"added_tokens": entries, "model": model}))
         resize(path, count + extra)
     script = (
-        "import resource, sys, time\nfrom upcycle.seeds import read_seeds\nfrom upcycle.vocabulary import align\n"
+        "import re, sys, time\nfrom upcycle.seeds import read_seeds\nfrom upcycle.vocabulary import align\n"
         "began = time.monotonic()\nfound = align(read_seeds(sys.argv[1:], align_vocab=True))\n"
-        "print(found.size, time.monotonic() - began, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1000)"
+        "peak = re.search(r'VmHWM:\\s*(\\d+)', open('/proc/self/status').read())[1]\n"
+        "print(found.size, time.monotonic() - began, int(peak) // 1000)"
     )
     done = subprocess.run([sys.executable, "-c", script, *seeds], capture_output=True, text=True, check=True)
     size, seconds, megabytes = map(float, done.stdout.split())
     print(done.stdout)
     assert size == count + added
     assert seconds < 10
-    assert megabytes < 700
+    assert megabytes < 300
 
 
 def test_routers_and_rows_from_text(unlike, tmp_path):
@@ -479,3 +482,36 @@ def test_a_trained_tokenizer_reads_alike(unlike, tmp_path):
     assert out(text).input_ids == first(text).input_ids
     assert out("cat<é>").input_ids == [*first("cat").input_ids, words + 2]
     assert out.convert_ids_to_tokens([words, words + 2]) == ["<one>", "<é>"]
+
+
+MILLIONS = b",".join(b'"%07d":%d' % (i, i) for i in range(1_900_000))
+HOSTILE = {
+    "one token": TOKENIZERS["one token"],
+    "unigram": TOKENIZERS["unigram"],
+    "infinity": TOKENIZERS["infinity"],
+    "words": b'{"model":{"vocab":{' + MILLIONS + b"}}}",
+    "ids": b'{"model":{"vocab":{' + MILLIONS.replace(b":1", b":91") + b"}}}",
+    "merges": b'{"model":{"vocab":{},"merges":[' + b",".join([b'["a","b"]'] * 1_300_000) + b"]}}",
+    "merges of lists": b'{"model":{"vocab":{},"merges":[' + b",".join([b"[[]]"] * 1_300_000) + b"]}}",
+    "added": b'{"model":{"vocab":{}},"added_tokens":['
+    + b",".join(b'{"id":%d,"content":"%07d","special":true}' % (i, i) for i in range(490_000))
+    + b"]}",
+    "long added": as_json({"model": {"vocab": {}}, "added_tokens": [entry("x" * 400_000, 0)]}),
+}
+
+
+@pytest.mark.parametrize("case", HOSTILE)
+@pytest.mark.parametrize("others", ["ordinary", "the same"])
+def test_a_hostile_tokenizer_is_refused_in_little_time_and_memory(case, others, seeds, tmp_path):
+    (seeds[1] / "tokenizer.json").write_bytes(HOSTILE[case])
+    if others == "the same":
+        (seeds[0] / "tokenizer.json").write_bytes(HOSTILE[case] + b" ")
+    command = ("merge", "--seeds", *seeds[:2], "--recipe", "btx", "--align-vocab", "--out", "out")
+    done, seconds, megabytes = measured(tmp_path, *command)
+    print(f"{case}: {seconds:.1f} s, {megabytes:.0f} MB: {done.stderr[:200]}")
+    assert "Traceback" not in done.stderr
+    assert "unexpected" not in done.stderr
+    assert len(done.stderr) < 5000
+    assert seconds < SECONDS
+    assert megabytes < 500  # what reading so large a tokenizer.json takes, with or without --align-vocab
+    assert (done.returncode == 0) == (tmp_path / "out").exists()

@@ -26,6 +26,8 @@ ADDED: Final = "added_tokens.json"
 TABLES: Final = ("embedding", "head")  # the roles with a row for each token
 FLAGS: Final = ("single_word", "lstrip", "rstrip", "normalized", "special")  # of an added token
 MAX_ID: Final = 2**24
+MAX_WORDS: Final = 1_000_000  # of a model: the largest have some 260,000
+MAX_ADDED: Final = 50_000
 MAX_TOKEN: Final = 1000  # characters of an added token
 MAX_PIECES: Final = 100_000  # stretches of rows, of all seeds together: vocabularies of one ancestor have a few
 LISTED: Final = 100  # tokens in upcycle.json
@@ -234,6 +236,11 @@ def _read(seed: Seed) -> _Tokenizer:
         table = read_json(seed.get(TOKENIZER), MAX_TOKENIZER, MAX_TOKENIZER_VALUES, MAX_TOKENIZER)
         model = table["model"]
         vocabulary, entries = model["vocab"], table.get("added_tokens") or []
+        if len(vocabulary) > MAX_WORDS or len(entries) > MAX_ADDED:
+            raise ValueError(
+                f"{len(vocabulary):,} words and {len(entries):,} added tokens, expected at most {MAX_WORDS:,} and "
+                f"{MAX_ADDED:,}"
+            )
         if isinstance(vocabulary, list):  # unigram: [token, score] in the order of ids
             words: dict[str, Any] = {token: score for token, score in vocabulary}  # noqa: C416 - checks their number
             ids = {token: index for index, (token, _) in enumerate(vocabulary)}
