@@ -150,6 +150,7 @@ def test_a_plan_moves_headers_alone(hub: HubServer, cli: Cli, seeds: list[Path],
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
     kept = [seeds[0] / "README.md", *seeds[0].glob("tokenizer*"), seeds[0] / "generation_config.json"]
+    kept += [seed / "tokenizer_config.json" for seed in seeds[1:]]  # for their chat templates
     assert found["download_bytes"] == size + sum(file.stat().st_size for file in kept if "README" not in file.name)
     local = json.loads(cli("plan", "--seeds", *seeds, "--recipe", "bam", "--json").stdout)
     assert {**local, "download_bytes": found["download_bytes"]} == found
