@@ -36,16 +36,19 @@ def template_note(seeds: Sequence[Seed], chosen: str | None) -> str | None:
 
 
 def take_template(
-    seeds: Sequence[Seed], name: str, copied: Mapping[str, Path], tokenizer_config: Mapping[str, Any] | None
+    seeds: Sequence[Seed], name: str | None, copied: Mapping[str, Path], tokenizer_config: Mapping[str, Any] | None
 ) -> tuple[dict[str, Path], Mapping[str, Any] | None]:
     """The files and the tokenizer_config.json of a result with the template of seed `name`, standing where it has it.
 
     Args:
+        name: None for the first seed's.
         copied, tokenizer_config: those of the result with the first seed's template.
 
     Raises:
         SeedError: there is no such seed, or it has no chat template.
     """
+    if name is None:
+        return dict(copied), tokenizer_config
     names = [seed.name for seed in seeds]
     if name not in names:
         raise SeedError(f"{OPTION} {name}: there is no seed of that name{did_you_mean(name, names)}")

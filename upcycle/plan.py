@@ -206,10 +206,12 @@ def plan_merge(
         config = bam_config(config, layout, recipe, planner.expert_names(), main_dtype)
     else:
         config = dense_config(config, dtype)
-    copied = copied_files(first.folder, with_code=is_bam)
-    tokenizer_config: Mapping[str, Any] | None = plain_tokenizer_config(first) if is_bam else None
-    if chat_template is not None:
-        copied, tokenizer_config = take_template(seeds, chat_template, copied, tokenizer_config)
+    copied, tokenizer_config = take_template(
+        seeds,
+        chat_template,
+        copied_files(first.folder, with_code=is_bam),
+        plain_tokenizer_config(first) if is_bam else None,
+    )
     return MergePlan(
         format="bam" if is_bam else "dense",
         num_experts=experts if is_bam else 1,
