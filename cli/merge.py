@@ -45,6 +45,13 @@ Format = Annotated[
 ]
 RandomSeed = Annotated[int, typer.Option(min=0, max=2**63, help="From which the routers are drawn.")]
 Unrelated = Annotated[bool, typer.Option("--allow-unrelated", help="Mix seeds that share no ancestor.")]
+AlignVocab = Annotated[
+    bool, typer.Option("--align-vocab", help="Match rows of embedding and head by token where seeds have added tokens.")
+]
+ChatTemplate = Annotated[
+    str | None,
+    typer.Option("--chat-template", metavar="NAME", help="Take this seed's chat template.", show_default="the first's"),
+]
 MaxShardSize = Annotated[str, typer.Option(help="Bytes of weights in one file: 5GB, 500MB, ...")]
 RouterData = Annotated[
     list[str] | None,
@@ -70,6 +77,8 @@ def merge(
     router_tokens: RouterTokens = 16_384,
     max_shard_size: MaxShardSize = "5GB",
     allow_unrelated: Unrelated = False,
+    align_vocab: AlignVocab = False,
+    chat_template: ChatTemplate = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only show what would be made and what it costs.")] = False,
     yes: Annotated[bool, typer.Option("--yes", help="Overwrite a former result.")] = False,
     push_to: PushTo = None,
@@ -86,7 +95,18 @@ def merge(
 
     if license and not push_to:
         raise typer.BadParameter("--license is for --push-to")
-    made = read_merge(seeds, recipe, overrides or [], dtype, num_experts, random_seed, allow_unrelated, format)
+    made = read_merge(
+        seeds,
+        recipe,
+        overrides or [],
+        dtype,
+        num_experts,
+        random_seed,
+        allow_unrelated,
+        format,
+        align_vocab,
+        chat_template,
+    )
     make, read = made.plan, made.seeds
     names = [seed.name for seed in read]
     # Only the option and the recipe are looked at so far, and what can be planned before the text is read.
@@ -104,8 +124,9 @@ def merge(
         return
     if push_to:
         prepare_push(push_to, plan.provenance, license)
-    if fetch_seeds(read) and not sources:
-        plan = make(read)
+    if fetch_seeds(read):
+        tell_template(read, chat_template)
+        plan = plan if sources else make(read)
     text = None
     if sources:
         model = plan.layout.model
@@ -138,13 +159,18 @@ def read_merge(
     random_seed: int,
     allow_unrelated: bool,
     format: str,
+    align_vocab: bool,
+    chat_template: str | None,
 ) -> Inputs:
-    """Read recipe and seeds."""
+    """Read recipe and seeds, and say what becomes of tokens and chat templates that differ."""
     from upcycle.plan import plan_merge
     from upcycle.recipe_file import load_recipe
     from upcycle.seeds import read_seeds
+    from upcycle.vocabulary import align
 
     loaded = load_recipe(recipe, overrides)
+    read = read_seeds(seeds, align_vocab)
+    alignment = align(read) if align_vocab else None
     make = partial(
         plan_merge,
         loaded,
@@ -153,12 +179,25 @@ def read_merge(
         random_seed=random_seed,
         allow_unrelated=allow_unrelated,
         format=format,
+        alignment=alignment,
+        chat_template=chat_template,
     )
-    read = read_seeds(seeds)
     for seed, spec in zip(read, seeds, strict=True):
         if seed.repository and seed.repository not in spec:
             output.note(f"{spec} is now {seed.repository} on the Hub")
+    for line in alignment.notes() if alignment else []:
+        output.note(line)
+    tell_template(read, chat_template)
     return Inputs(loaded, read, make)
+
+
+def tell_template(read: "Sequence[Seed]", chosen: str | None) -> None:
+    """Say whose chat template is taken where seeds that are here have several."""
+    from upcycle.chat_template import template_note
+
+    note = template_note(read, chosen)
+    if note:
+        output.note(note)
 
 
 def show_plan(

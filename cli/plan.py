@@ -9,6 +9,8 @@ import typer
 from . import output
 from .merge import (
     DTYPES,
+    AlignVocab,
+    ChatTemplate,
     Dtype,
     Format,
     Json,
@@ -53,6 +55,8 @@ def plan(
     precision: Annotated[Literal["bf16", "fp32"], typer.Option(help="Of the training's products.")] = "bf16",
     max_shard_size: MaxShardSize = "5GB",
     allow_unrelated: Unrelated = False,
+    align_vocab: AlignVocab = False,
+    chat_template: ChatTemplate = None,
     as_json: Json = False,
 ) -> None:
     """Show what a merge would produce and cost; writes nothing.
@@ -66,7 +70,9 @@ def plan(
     if seeds and gpus:
         raise typer.BadParameter("--gpus needs --config; give the config.json of one of the seeds")
     if seeds:
-        made = read_merge(seeds, recipe, overrides or [], dtype, num_experts, 0, allow_unrelated, format)
+        made = read_merge(
+            seeds, recipe, overrides or [], dtype, num_experts, 0, allow_unrelated, format, align_vocab, chat_template
+        )
         wants_text = made.recipe.from_text() or made.recipe.prompts
         planned = made.plan(made.seeds, text={} if wants_text else None)
         show_plan(planned, made.seeds, parse_size(max_shard_size), as_json, context=context)

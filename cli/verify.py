@@ -35,14 +35,15 @@ def verify(
 
     Example: upcycle verify bam-3x --seeds code law math
     """
-    from upcycle.checkpoint import read_tensors
+    from upcycle.checkpoint import PROVENANCE, read_json, read_tensors
     from upcycle.errors import UpcycleError
     from upcycle.seeds import read_seeds
     from upcycle.verify import verify as run
+    from upcycle.vocabulary import was_aligned
 
     folder = fetched(checkpoint)
     if seeds:
-        fetch_seeds(read_seeds(seeds))
+        fetch_seeds(read_seeds(seeds, was_aligned(read_json(folder / PROVENANCE))))
     try:
         size = sum(info.nbytes for info in read_tensors(folder).values())
     except UpcycleError:  # it will be said with everything else

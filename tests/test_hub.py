@@ -19,7 +19,8 @@ from tests.conftest import branch, run_cli, write_tokenizer
 from tests.hub_server import HubServer
 from tests.test_hub_server import client
 from tests.test_seeds import edit_weights
-from tests.tiny import BY_NAME, make_seed
+from tests.test_vocabulary import resize, set_added
+from tests.tiny import BY_NAME, VOCAB, edit_json, make_seed
 from upcycle.dense_config import read_dense
 from upcycle.layout import make_layout
 from upcycle.scaling import DENSE
@@ -150,6 +151,7 @@ def test_a_plan_moves_headers_alone(hub: HubServer, cli: Cli, seeds: list[Path],
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
     kept = [seeds[0] / "README.md", *seeds[0].glob("tokenizer*"), seeds[0] / "generation_config.json"]
+    kept += [seed / "tokenizer_config.json" for seed in seeds[1:]]  # for their chat templates
     assert found["download_bytes"] == size + sum(file.stat().st_size for file in kept if "README" not in file.name)
     local = json.loads(cli("plan", "--seeds", *seeds, "--recipe", "bam", "--json").stdout)
     assert {**local, "download_bytes": found["download_bytes"]} == found
@@ -410,3 +412,23 @@ print(json.dumps([wanted, sum(told), download_bytes(seeds)]))
     assert wanted == told > 0
     assert left == 0
     assert done.stderr == ""  # none of the client's bars
+
+
+def test_vocabularies_and_templates_of_the_hub(hub: HubServer, cli: Cli, seeds: list[Path], tmp_path: Path) -> None:
+    """Aligned by tokenizers that are downloaded, with the template of a seed that is not the first."""
+    set_added(seeds[1], ["<one>"])
+    resize(seeds[1], VOCAB + 1)
+    edit_json(seeds[1] / "tokenizer_config.json", chat_template="{{ messages }}")
+    names = place(hub, seeds)
+    options = ("--recipe", "btx", "--align-vocab", "--chat-template", "law")
+    assert cli("plan", "--seeds", *names, *options).returncode == 0
+    made = cli("merge", "--seeds", *names, *options, "--out", "remote")
+    assert made.returncode == 0, made.stderr
+    assert "tokens of seed 'law': 1 new to the first seed ('<one>')" in made.stderr
+    assert cli("merge", "--seeds", *seeds, *options, "--out", "local").returncode == 0
+    for name in ("model.safetensors", "tokenizer.json", "tokenizer_config.json", "config.json"):
+        assert (tmp_path / "remote" / name).read_bytes() == (tmp_path / "local" / name).read_bytes()
+    assert "{{ messages }}" in (tmp_path / "remote" / "tokenizer_config.json").read_text()
+    assert cli("verify", "remote", "--seeds", *names).returncode == 0
+    plain = cli("merge", "--seeds", *names, "--recipe", "btx", "--align-vocab", "--out", "plain")
+    assert "the result has none, as seed 'code' has none; others are those of 'law'" in plain.stderr

@@ -1,6 +1,7 @@
 """What one bad seed does: it is refused, in words, before a byte is written."""
 
 import json
+import os
 import shutil
 
 import pytest
@@ -100,9 +101,12 @@ BAD = {
     ),
     "larger vocabulary": (
         lambda f: replace_seed(f, vocab_size=VOCAB + 8),
-        ["law", "vocab_size", "104", "96", "tensor"],
+        ["law", "vocab_size", "104", "96", "tensor", "--align-vocab"],
     ),
-    "swapped token ids": (lambda f: write_tokenizer(f, (5, 7)), ["law", "word5", "7", "5", "tokenizer.json"]),
+    "swapped token ids": (
+        lambda f: write_tokenizer(f, (5, 7)),
+        ["law", "word5", "7", "5", "tokenizer.json", "--align-vocab"],
+    ),
     "other rope theta": (older_rope, ["law", "rope", "250000.0", "10000.0"]),
     "NaN in the weights": (
         lambda f: edit_weights(f, set_nan),
@@ -130,7 +134,8 @@ def test_one_bad_seed_is_refused(row, seeds, tmp_path):
     damage, named = BAD[row]
     more = damage(seeds[1])
     command = ("merge", "--seeds", *seeds, "--recipe", "bam-kv-shared", *(more if isinstance(more, list) else ()))
-    result = run_cli(*command, cwd=tmp_path, PYTHONPATH=str(seeds[1]))
+    path = os.pathsep.join([str(seeds[1]), *filter(None, [os.environ.get("PYTHONPATH")])])
+    result = run_cli(*command, cwd=tmp_path, PYTHONPATH=path)
     assert result.returncode == 1
     assert result.stdout == ""
     assert "Traceback" not in result.stderr

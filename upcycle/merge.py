@@ -47,6 +47,7 @@ from upcycle.perturb import UnitSums, perturbed
 from upcycle.plan import Constant, MergePlan, Part, PlannedGroup, PlannedTensor, RandomInit, Source
 from upcycle.preflight import check_handles, check_place, check_readable_again, check_sources
 from upcycle.staging import check_target, remove, staging
+from upcycle.vocabulary import extend_tokenizer, usage_of
 
 THREADS: Final = 2
 CHUNK: Final = 4 << 20  # bytes a job moves
@@ -136,6 +137,7 @@ def _write_companions(plan: MergePlan, folder: Path, shards: Sequence[Shard]) ->
         shutil.copyfile(source, folder / name)
     if plan.tokenizer_config is not None:
         write_json(folder / TOKENIZER_CONFIG, plan.tokenizer_config)
+    extend_tokenizer(folder, plan.added_tokens)
     if len(shards) > 1:
         write_json(folder / INDEX, index_json(shards))
     write_json(folder / PROVENANCE, {**plan.provenance, "plan": plan.digest()})
@@ -368,24 +370,27 @@ def jobs(plan: MergePlan, reader: Reader, tensor: PlannedTensor) -> Iterator[Job
     """What makes a tensor's bytes, in their order."""
     if tensor.init:
         yield _init_job(plan.random_seed, tensor, tensor.init)
+    row = 0  # of the output, where usage counts them
     for group in tensor.groups:
-        yield from _group_jobs(plan, reader, tensor.dtype, group)
+        usage = None if plan.usage is None else plan.usage[row : row + group.rows]
+        yield from _group_jobs(plan, reader, tensor.dtype, group, usage)
+        row += group.rows
 
 
-def _group_jobs(plan: MergePlan, reader: Reader, dtype: str, group: PlannedGroup) -> Iterator[Job]:
+def _group_jobs(plan: MergePlan, reader: Reader, dtype: str, group: PlannedGroup, usage: Array | None) -> Iterator[Job]:
     item = ITEM_SIZE[dtype]
     # The widest of the output's row and of each source's stride, which all must fit a buffer in up to 4 bytes.
     widest = max(group.width, *(source.stride for part in group.parts for source in part.sources))
     by_usage = any(part.by_usage for part in group.parts)  # whose rows have weights of their own
     large = 4 * widest > CHUNK or all(part.block * item >= CONTIGUOUS for part in group.parts)
-    if group.rows == 1 or (large and not by_usage):
+    if (group.rows == 1 or large) and not by_usage:
         for row in range(group.rows):
             for part in group.parts:
                 yield from _block_jobs(plan, reader, dtype, part, row)
         return
     step = CHUNK // (4 * widest)
     for first in range(0, group.rows, step):
-        yield _rows_job(plan, reader, dtype, group, first, min(step, group.rows - first))
+        yield _rows_job(plan, reader, dtype, group, first, min(step, group.rows - first), usage)
 
 
 @dataclass(frozen=True)
@@ -411,7 +416,9 @@ def _block_jobs(plan: MergePlan, reader: Reader, dtype: str, part: Part, row: in
         yield job(start)
 
 
-def _rows_job(plan: MergePlan, reader: Reader, dtype: str, group: PlannedGroup, first: int, count: int) -> Job:
+def _rows_job(
+    plan: MergePlan, reader: Reader, dtype: str, group: PlannedGroup, first: int, count: int, usage: Array | None
+) -> Job:
     """Some rows of a group, assembled side by side."""
     item = ITEM_SIZE[dtype]
 
@@ -422,8 +429,8 @@ def _rows_job(plan: MergePlan, reader: Reader, dtype: str, group: PlannedGroup, 
             width = part.block * item
             weights: tuple[float, ...] | Array = part.weights
             if part.by_usage:
-                assert plan.usage is not None, "a plan that was made again without its text cannot be run"
-                weights = plan.usage[first : first + count]
+                assert usage is not None, "a plan that was made again without its text cannot be run"
+                weights = usage_of(usage[first : first + count], [source.checkpoint for source in part.sources])
             mixed = _mix(plan, reader, dtype, part, Stretch(first, count, 0, part.block), weights, buffers)
             rows[:, column : column + width] = mixed.reshape(count, width)
             column += width

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from upcycle.ancestry import check_related, find_ancestor, fingerprint, sample
+from upcycle.chat_template import take_template
 from upcycle.checkpoint import ITEM_SIZE, TensorInfo
 from upcycle.companions import bam_config, copied_files, dense_config, plain_tokenizer_config
 from upcycle.dense_config import DenseModel
@@ -21,6 +22,7 @@ from upcycle.recipe import ANCESTOR, EQUAL, FROM_TEXT, MEAN, SEED_PREFIX, USAGE,
 from upcycle.recipe_file import MAX_EXPERTS
 from upcycle.seeds import Seed, adapter_record, check_tensors, read_license
 from upcycle.version import __version__
+from upcycle.vocabulary import TABLES, Alignment, own_shapes
 
 FORMATS: Final = ("auto", "native", "bam")
 
@@ -153,6 +155,7 @@ class MergePlan:
             a plan is made again without the text.
         copied: files taken over byte for byte, by the output's name.
         tokenizer_config: the output's tokenizer_config.json where it must differ from the seed's, else None.
+        added_tokens: what the output's tokenizer has beyond the first seed's, as its tokenizer.json lists it.
     """
 
     format: str
@@ -168,6 +171,7 @@ class MergePlan:
     recipe: Recipe
     usage: Array | None = None
     native_misfit: str | None = None
+    added_tokens: tuple[Mapping[str, Any], ...] = ()
 
     @property
     def nbytes(self) -> int:
@@ -206,6 +210,8 @@ def plan_merge(
     text: Mapping[str, Any] | None = None,
     usage: Array | None = None,
     format: str = "auto",
+    alignment: Alignment | None = None,
+    chat_template: str | None = None,
 ) -> MergePlan:
     """Plan the merge of `seeds` by `recipe`; reads nothing but headers and 2048 elements of every tensor.
 
@@ -223,6 +229,8 @@ def plan_merge(
         usage: `[vocabulary, seeds]`, how the rows of embedding and head are weighted where the recipe mixes them by
             usage; rows sum to 1.
         format: "native" for a mixture class of transformers' own, "bam", or "auto": native where one fits exactly.
+        alignment: `vocabulary.align(seeds)` for seeds that were read to be aligned, else None.
+        chat_template: the name of the seed whose chat template is taken; None for the first seed's.
 
     Raises:
         RecipeError, SeedError, CheckpointError: what cannot be served, before anything is written.
@@ -233,8 +241,9 @@ def plan_merge(
     check_recipe(recipe, first.model, experts)
     _check_names(recipe, seeds)
     native, misfit = choose_format(recipe, first.model, format, text is not None and bool(recipe.from_text()))
-    layout = make_layout(first.model, recipe, experts, native)
-    dropped = [check_tensors(seed, layout.dense) for seed in seeds]
+    model = alignment.model(first.model) if alignment else first.model
+    layout = make_layout(model, recipe, experts, native)
+    dropped = [check_tensors(seed, own_shapes(seed, layout.dense)) for seed in seeds]
     _check_dtypes(seeds, layout.dense, dtype)
     samples = [sample(seed) for seed in seeds]
     if not allow_unrelated:
@@ -242,17 +251,24 @@ def plan_merge(
 
     main_dtype = dtype or first.tensors[f"{first.model.family.base}.{first.model.family.embedding}.weight"].dtype
     ancestor = seeds[0].name if recipe.copies else find_ancestor(seeds, samples)
-    planner = _Planner(recipe, layout, seeds, dtype, main_dtype, ancestor)
+    planner = _Planner(recipe, layout, seeds, dtype, main_dtype, ancestor, alignment)
     tensors = tuple(planner.tensor(tensor) for tensor in layout.mixture)
     unused = _check_complete(tensors, layout, len(seeds))
     made = "native" if native else "bam" if recipe.ffn_experts else "dense"
     is_bam = made == "bam"
+    own = alignment.config(first.config, first.model) if alignment else dict(first.config)
     if native:
-        config = native_config(first.config, first.model, recipe, experts, main_dtype)
+        config = native_config(own, model, recipe, experts, main_dtype)
     elif is_bam:
-        config = bam_config(first.config, layout, recipe, planner.expert_names(), main_dtype)
+        config = bam_config(own, layout, recipe, planner.expert_names(), main_dtype)
     else:
-        config = dense_config(first.config, dtype)
+        config = dense_config(own, dtype)
+    copied, tokenizer_config = take_template(
+        seeds,
+        chat_template,
+        copied_files(first.folder, with_code=is_bam),
+        plain_tokenizer_config(first) if is_bam else None,
+    )
     return MergePlan(
         format=made,
         num_experts=recipe.ffn_count(experts) if recipe.ffn_experts else 1,
@@ -261,15 +277,18 @@ def plan_merge(
         config=config,
         provenance={"upcycle_version": __version__, "format": made}
         | _provenance(planner, samples, dropped, unused, random_seed)
-        | ({"dense_config": dict(first.config)} if native else {})
-        | ({} if text is None else {"router_text": dict(text)}),
+        | ({"dense_config": own} if native else {})
+        | ({} if text is None else {"router_text": dict(text)})
+        | ({} if alignment is None else {"vocabulary": alignment.record()})
+        | ({} if chat_template is None else {"chat_template": chat_template}),
         random_seed=random_seed,
-        copied=copied_files(first.folder, with_code=is_bam),
-        tokenizer_config=plain_tokenizer_config(first) if is_bam else None,
+        copied=copied,
+        tokenizer_config=tokenizer_config,
         layout=layout,
         recipe=recipe,
         usage=usage,
         native_misfit=misfit,
+        added_tokens=alignment.added if alignment else (),
     )
 
 
@@ -429,9 +448,10 @@ class _Planner:
         dtype: str | None,
         main_dtype: str,
         ancestor: str | None,
+        alignment: Alignment | None,
     ) -> None:
         self.recipe, self.layout, self.seeds, self.ancestor = recipe, layout, seeds, ancestor
-        self.dtype, self.main_dtype = dtype, main_dtype
+        self.dtype, self.main_dtype, self.alignment = dtype, main_dtype, alignment
         self.names = [seed.name for seed in seeds]
         self.experts = [0] * layout.experts if recipe.copies else list(range(layout.experts))
 
@@ -466,7 +486,7 @@ class _Planner:
     def tensor(self, tensor: MixtureTensor) -> PlannedTensor:
         if tensor.router:
             return PlannedTensor(tensor.name, self.main_dtype, tensor.shape, init=self.init(tensor.router))
-        groups = tuple(self.group(group, tensor.name) for group in tensor.groups)
+        groups = tuple(planned for group in tensor.groups for planned in self.groups(group, tensor.name))
         names = {piece.tensor for group in tensor.groups for piece in group.pieces}
         dtypes = {self.dtype or self.seeds[0].tensors[name].dtype for name in names}
         if len(dtypes) > 1:
@@ -487,6 +507,24 @@ class _Planner:
         router = recipe.ffn_router if kind == "ffn" else recipe.attention_router
         std = router.std if router.init == "random" else 0.0
         return RandomInit(std, router.init in FROM_TEXT, shards if kind == "ffn" else 1)
+
+    def groups(self, group: Group, tensor: str) -> Iterator[PlannedGroup]:
+        """A group, or of aligned tables one for each run of rows that the same seeds have."""
+        if self.alignment is None or group.pieces[0].role not in TABLES:
+            yield self.group(group, tensor)
+            return
+        (piece,) = group.pieces
+        way = self.recipe.mix[piece.role]
+        by_usage = way == USAGE
+        indices, weights = self.mix(way)
+        width = self.seeds[0].tensors[piece.tensor].shape[1]
+        for run in self.alignment.runs:
+            having, shares = run.mixed(indices, weights)
+            # One block but where each row has weights of its own.
+            rows, block = (run.rows, width) if by_usage else (1, run.rows * width)
+            sources = tuple(Source(index, piece.tensor, (run.starts[index] or 0) * width, block) for index in having)
+            part = Part(block, sources, (1.0,) if by_usage else shares, by_usage, equal=way == EQUAL)
+            yield PlannedGroup(rows, (part,))
 
     def group(self, group: Group, tensor: str) -> PlannedGroup:
         role = group.pieces[0].role

@@ -18,6 +18,7 @@ from upcycle.checkpoint import (
     CONFIG,
     COPIED_FILES,
     ITEM_SIZE,
+    TOKENIZER_CONFIG,
     TensorInfo,
     read_json,
     read_tensors,
@@ -34,6 +35,10 @@ MAX_CARD: Final = 1_000_000  # characters
 
 # Files that say which id a token has, in the order in which they are asked.
 VOCABULARIES: Final = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
+
+
+# Where a chat template may stand.
+CHAT_TEMPLATES: Final = ("chat_template.jinja", "chat_template.json", TOKENIZER_CONFIG)
 
 
 @dataclass(frozen=True)
@@ -104,8 +109,12 @@ class Seed:
             return handle.read(count)
 
 
-def read_seeds(specs: Sequence[str]) -> list[Seed]:
+def read_seeds(specs: Sequence[str], align_vocab: bool = False) -> list[Seed]:
     """Read seeds given as `path`, `repo`, `repo@revision`, two of these as `base+adapter`, or `name=` before it.
+
+    Args:
+        specs: one a seed.
+        align_vocab: whether they will be aligned (`upcycle.vocabulary`), so that their tokens may differ.
 
     Raises:
         SeedError: a seed that cannot be read, two of one name, or seeds that do not belong together.
@@ -118,8 +127,10 @@ def read_seeds(specs: Sequence[str]) -> list[Seed]:
             )
     seeds = [read_seed(name, source) for name, source in named]
     for seed in seeds[1:]:
-        _check_same_architecture(seeds[0], seed)
-    _check_same_tokens(seeds)
+        _check_same_architecture(seeds[0], seed, align_vocab)
+    _check_tokenizer_files(seeds)
+    if not align_vocab:
+        _check_same_tokens(seeds)
     return seeds
 
 
@@ -139,7 +150,7 @@ def download(seeds: Sequence[Seed], progress: Callable[[int], None]) -> None:
 
 
 def _missing(seeds: Sequence[Seed]) -> list[tuple[Repository, list[str]]]:
-    """What is not here of each repository; the first seed's tokenizer goes into the result."""
+    """What is not here of each repository: the first seed's tokenizer is taken, anyone's chat template may be."""
     wanted: dict[Path, set[str]] = {}  # by folder: several seeds may have one base
     remotes: dict[Path, Repository] = {}
     for seed in seeds:
@@ -147,7 +158,8 @@ def _missing(seeds: Sequence[Seed]) -> list[tuple[Repository, list[str]]]:
             remotes[remote.folder] = remote
             names = wanted.setdefault(remote.folder, {CARD})
             names |= {file.name for file in seed.files if file.parent == remote.folder}
-            names |= {*COPIED_FILES} if seed is seeds[0] and remote is seed.remote else set()
+            if remote is seed.remote:
+                names |= {*COPIED_FILES} if seed is seeds[0] else {*CHAT_TEMPLATES}
     return [(remote, remote.missing(wanted[folder] & {*remote.files})) for folder, remote in remotes.items()]
 
 
@@ -238,17 +250,26 @@ def _make_seed(
     return Seed(name, folder, config, read_dense(config, where), tensors, repository, revision, remote)
 
 
-def _check_same_architecture(first: Seed, seed: Seed) -> None:
+def _check_same_architecture(first: Seed, seed: Seed, align_vocab: bool) -> None:
     if seed.model.model_type != first.model.model_type:
         raise SeedError(
             f"{seed.where} is a {seed.model.model_type} model, {first.where} a {first.model.model_type} model; "
             "only models of one family and one ancestor can be mixed"
         )
-    for key, expected, found in differences(first.model, seed.model)[:1]:
+    for key, expected, found in differences(first.model, seed.model):
+        if key == "vocab_size" and align_vocab:
+            continue
+        hint = _align_hint(first, seed) if key == "vocab_size" else ""
         raise SeedError(
             f"{seed.where}: config.json says {key} = {_short(found)}, but {first.where} says {_short(expected)}"
-            f"{_tensor_difference(first, seed)}; seeds of one ancestor agree, so leave one out"
+            f"{_tensor_difference(first, seed)}; seeds of one ancestor agree, so leave one out{hint}"
         )
+
+
+def _align_hint(*seeds: Seed) -> str:
+    """What else may be done where tokens differ."""
+    aligned = all(seed.holds("tokenizer.json") for seed in seeds)
+    return ", or give --align-vocab, which matches rows by their tokens" if aligned else ""
 
 
 def _short(value: Any) -> str:
@@ -330,8 +351,8 @@ def _same_bytes(one: TensorInfo, other: TensorInfo) -> bool:
     return True
 
 
-def _check_same_tokens(seeds: Sequence[Seed]) -> None:
-    """Refuse seeds whose tokens have different ids: their embeddings would be averaged row by mismatched row."""
+def _check_tokenizer_files(seeds: Sequence[Seed]) -> None:
+    """Refuse damaged files, and a first seed without a tokenizer where another has one."""
     for seed in (seed for seed in seeds if not seed.remote):
         for file in (*COPIED_FILES, *VOCABULARIES):
             if os.path.lexists(seed.folder / file) and not (seed.folder / file).is_file():
@@ -344,6 +365,10 @@ def _check_same_tokens(seeds: Sequence[Seed]) -> None:
             f"{seeds[0].where} has no tokenizer, {having[0].where} has one; the result takes the first seed's, "
             "so copy it there or name that seed first"
         )
+
+
+def _check_same_tokens(seeds: Sequence[Seed]) -> None:
+    """Refuse seeds whose tokens have different ids: their embeddings would be averaged row by mismatched row."""
     for file in VOCABULARIES:
         holders = [seed for seed in seeds if seed.holds(file)]
         if len(holders) < 2:
@@ -351,12 +376,12 @@ def _check_same_tokens(seeds: Sequence[Seed]) -> None:
         first, *others = holders
         reference: dict[str, int] | None = None
         for seed in others:
-            if _same_file(first, seed, file):
+            if same_file(first, seed, file):
                 continue
             if not file.endswith(".json"):
                 raise SeedError(
                     f"{seed.where}: {file} differs from that of {first.where}, so its tokens may have other ids; "
-                    "seeds need one tokenizer, so leave one out"
+                    f"seeds need one tokenizer, so leave one out{_align_hint(first, seed)}"
                 )
             reference = reference or _token_ids(first, file)
             _compare_tokens(first, seed, file, reference, _token_ids(seed, file))
@@ -369,11 +394,11 @@ def _compare_tokens(first: Seed, seed: Seed, file: str, expected: Mapping[str, i
     raise SeedError(
         f"{seed.where}: {file} gives token {token!r} the id {found.get(token)}, "
         f"but {first.where} gives it {expected.get(token)}; rows of their embeddings mean different tokens, "
-        "so leave one out"
+        f"so leave one out{_align_hint(first, seed)}"
     )
 
 
-def _same_file(one: Seed, other: Seed, file: str) -> bool:
+def same_file(one: Seed, other: Seed, file: str) -> bool:
     """Whether two seeds' files are the same, by what the Hub calls their contents where it can be asked."""
     known = [seed.remote.files[file].etag for seed in (one, other) if seed.remote]
     kind = len(known[0]) if known else 64

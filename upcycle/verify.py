@@ -36,6 +36,7 @@ from upcycle.plan import MergePlan, PlannedTensor, plan_merge
 from upcycle.recipe_file import parse_recipe
 from upcycle.scaling import DENSE
 from upcycle.seeds import download, read_seeds
+from upcycle.vocabulary import align, was_aligned
 
 CHUNK: Final = 4 << 20  # bytes read at once
 # What a loader might read, by name or by ending.
@@ -164,8 +165,10 @@ def _check_structure(folder: Path, tensors: Mapping[str, TensorInfo]) -> None:
 def _remake(found: Verification, tensors: Mapping[str, TensorInfo], seeds: Sequence[str]) -> MergePlan | None:
     """The plan by which the checkpoint was merged, from its provenance and its seeds."""
     record = read_json(found.folder / PROVENANCE)
-    read = read_seeds(seeds)
+    aligned = was_aligned(record)
+    read = read_seeds(seeds, aligned)
     download(read, lambda _: None)
+    alignment = align(read) if aligned else None
     try:
         table = dict(record["recipe"])
         recipe = parse_recipe(str(table.pop("name")), table)
@@ -178,7 +181,7 @@ def _remake(found: Verification, tensors: Mapping[str, TensorInfo], seeds: Seque
         kinds = sorted({info.dtype for info in tensors.values()})
         groups = len(record["experts"]) // recipe.experts.granularity
         count = groups - recipe.experts.extra if recipe.copies else None
-        text = record.get("router_text")
+        text, template = record.get("router_text"), record.get("chat_template")
         for wanted in (None, *kinds):
             with suppress(UpcycleError):
                 plan = plan_merge(
@@ -190,6 +193,8 @@ def _remake(found: Verification, tensors: Mapping[str, TensorInfo], seeds: Seque
                     allow_unrelated=True,
                     text=text,
                     format="auto" if record["format"] == "dense" else record["format"],
+                    alignment=alignment,
+                    chat_template=template,
                 )
                 if plan.digest() == record["plan"]:
                     return plan
