@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-import upcycle.merge as merging
+import upcycle.assemble as assembling
 from tests.conftest import branch, run_cli, words
 from tests.tiny import BY_NAME, CASES, VOCAB, edit_json, make_seed, make_seeds
 from upcycle import preflight
@@ -122,15 +122,21 @@ def test_shards_hold_the_same_tensors(limit, seeds, tmp_path):
 
 
 def test_small_buffers_change_nothing(seeds, tmp_path, monkeypatch):
-    """Blocks, rows and means cut at any size give the same file."""
-    for recipe in ("bam", "bam-kv-shared", "average"):
-        merge(make_plan(seeds, recipe), tmp_path / f"{recipe}-whole")
+    """Blocks, rows, means and random numbers cut at any size give the same file."""
+    for recipe, *overrides in (
+        ("bam",),
+        ("bam-kv-shared",),
+        ("average",),
+        ("btx", "experts.drop=0.5", "experts.granularity=2"),
+        ("btx", "experts.noise=0.1", "experts.drop=0.2"),
+    ):
+        merge(make_plan(seeds, recipe, *overrides), tmp_path / "whole", overwrite=True)
         for chunk, contiguous in ((2048, 0), (2048, 10**9), (65_536, 512)):
-            monkeypatch.setattr(merging, "CHUNK", chunk)
-            monkeypatch.setattr(merging, "MEAN_CHUNK", chunk // 2)
-            monkeypatch.setattr(merging, "CONTIGUOUS", contiguous)
-            merge(make_plan(seeds, recipe), tmp_path / "cut", overwrite=True)
-            assert digests(tmp_path / "cut") == digests(tmp_path / f"{recipe}-whole")
+            monkeypatch.setattr(assembling, "CHUNK", chunk)
+            monkeypatch.setattr(assembling, "MEAN_CHUNK", chunk // 2)
+            monkeypatch.setattr(assembling, "CONTIGUOUS", contiguous)
+            merge(make_plan(seeds, recipe, *overrides), tmp_path / "cut", overwrite=True)
+            assert digests(tmp_path / "cut") == digests(tmp_path / "whole")
         monkeypatch.undo()
 
 

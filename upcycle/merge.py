@@ -1,59 +1,46 @@
 """Runs a plan: raw bytes from the sources' files to the output's, in constant memory and at the disk's speed.
 
 Two threads take tensors from one list, so that reading, checking and writing overlap. A tensor's bytes are made by jobs
-of a few MiB, in order: a job copies a stretch of bytes, assembles some rows of a strided tensor in a buffer, averages,
-or draws a router. What is made is summed and written; a finished tensor is noted in a journal, by which a killed merge
-can go on.
+(`assemble.py`), in order. What is made is summed and written; a finished tensor is noted in a journal, by which a
+killed merge can go on.
 """
 
 import errno
-import hashlib
 import os
 import shutil
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
-from math import prod
 from pathlib import Path
 from typing import Any, Final
 
-import numpy as np
-from numpy.random import RandomState
-
-from upcycle.adapters import Factors, read_made
+from upcycle.assemble import CHUNK, Buffers, Reader, jobs
 from upcycle.card import read_card, write_card
 from upcycle.checkpoint import (
     CONFIG,
     INDEX,
-    ITEM_SIZE,
     MAX_SHARD_SIZE,
     PROVENANCE,
     TOKENIZER_CONFIG,
     Shard,
-    TensorInfo,
     index_json,
     plan_shards,
     write_json,
 )
 from upcycle.checksums import TensorSum, sums_of, write_sums
-from upcycle.errors import CheckpointError, OutputError, SeedError
+from upcycle.errors import OutputError, SeedError
 from upcycle.journal import JOURNAL, Journal, identity, stamp
-from upcycle.numeric import FLOATS, Array, first_not_finite, to_float32
-from upcycle.perturb import UnitSums, perturbed
-from upcycle.plan import Constant, MergePlan, Part, PlannedGroup, PlannedTensor, RandomInit, Source
+from upcycle.numeric import Array
+from upcycle.plan import MergePlan
 from upcycle.preflight import check_handles, check_place, check_readable_again, check_sources
 from upcycle.staging import check_target, remove, staging
-from upcycle.vocabulary import extend_tokenizer, usage_of
+from upcycle.vocabulary import extend_tokenizer
 
 THREADS: Final = 2
-CHUNK: Final = 4 << 20  # bytes a job moves
-MEAN_CHUNK: Final = 1 << 20  # bytes of each source that a mean takes at once: its fp32 sums stay in the cache
-CONTIGUOUS: Final = 256 << 10  # blocks from this size on are copied by themselves, smaller ones assembled in a buffer
-KEPT_SUMS: Final = 16  # FFN matrices
 WRITE_BACK: Final = 16 << 20  # after so many bytes of a file, the kernel is asked to write them to the disk
 
 
@@ -215,9 +202,6 @@ def _proven(
     return proven
 
 
-Job = Callable[["Buffers"], Array]  # the next bytes of a tensor, in a buffer that the next job uses again
-
-
 def _run(
     plan: MergePlan,
     reader: "Reader",
@@ -260,301 +244,6 @@ def _run(
             stop.set()
         for future in futures:
             future.result()
-
-
-class Buffers:
-    """One thread's memory: everything a job needs, allocated once."""
-
-    def __init__(self) -> None:
-        self.source = np.empty(CHUNK, np.uint8)
-        self.scratch = np.empty(CHUNK, np.uint8)
-        self.target = np.empty(CHUNK, np.uint8)
-
-
-class Reader:
-    """The sources' files, opened once, and checked reads from them."""
-
-    def __init__(self, plan: MergePlan, stack: ExitStack) -> None:
-        self.sources = plan.sources
-        self.descriptors: dict[Path, int] = {}
-        for file in sorted({file for source in plan.sources for file in source.files}):
-            self.descriptors[file] = stack.enter_context(file.open("rb", buffering=0)).fileno()
-        self.sums: dict[tuple[int, str, int], UnitSums] = {}
-        self.lock = threading.Lock()
-        self.factors = Factors(lambda info, start, count: self._fill(info, start, np.empty(count, np.uint8)).data)
-
-    def info(self, source: Source) -> TensorInfo:
-        return self.sources[source.checkpoint].tensors[source.tensor]
-
-    def read(self, source: Source, start: int, count: int, into: Array) -> Array:
-        """Read `count` elements from element `start` of the source's tensor; raw bytes."""
-        info = self.info(source)
-        item = ITEM_SIZE[info.dtype]
-        data = into[: count * item]
-        if info.made is None:
-            return self._fill(info, start * item, data)
-        try:
-            data[:] = read_made(info, start, count, self.factors)
-        except CheckpointError as error:
-            raise SeedError(f"seed '{self.sources[source.checkpoint].name}': {error}") from error
-        return data
-
-    def _fill(self, info: TensorInfo, start: int, data: Array) -> Array:
-        """Fill `data` with what a file holds of a tensor from byte `start`."""
-        done = 0
-        while done < len(data):
-            got = os.preadv(self.descriptors[info.file], [data[done:].data], info.offset + start + done)
-            if not got:
-                raise CheckpointError(f"{info.file} ends before its tensors do; it became shorter meanwhile")
-            done += got
-        return data
-
-    def rows(self, source: Source, block: int, first: int, count: int, buffers: "Buffers") -> Array:
-        """Read `count` rows of `block` elements, checked to be finite; raw bytes, one row after another."""
-        info = self.info(source)
-        item = ITEM_SIZE[info.dtype]
-        start = source.start + first * source.stride
-        if count == 1 or source.stride == block:
-            data = self.read(source, start, count * block, buffers.source)
-        else:
-            span = (count - 1) * source.stride + block
-            raw = self.read(source, start, span, buffers.source)
-            shape, strides = (count, block * item), (source.stride * item, 1)
-            data = np.lib.stride_tricks.as_strided(raw, shape, strides).reshape(-1)  # copies: rows side by side
-        self.check_finite(source, data, buffers.scratch, start, block)
-        return data
-
-    def check_finite(self, source: Source, data: Array, scratch: Array, start: int, block: int) -> None:
-        info = self.info(source)
-        found = first_not_finite(data, info.dtype, scratch)
-        if found is None:
-            return
-        element = start + found // block * source.stride + found % block
-        index = [int(i) for i in np.unravel_index(element, info.shape)]
-        value = to_float32(data.tobytes(), info.dtype)[found]
-        name = self.sources[source.checkpoint].name
-        raise SeedError(
-            f"seed '{name}': tensor '{source.tensor}' holds {value} at {index}, expected finite numbers; "
-            "the training of this seed diverged, or the file is damaged"
-        )
-
-    def unit_sums(self, source: Source, axis: int, inner: int) -> UnitSums:
-        """The sums of an FFN matrix's inner units, read once; those of the last few matrices are kept."""
-        info = self.info(source)
-        columns = prod(info.shape[1:])
-        half = source.start // columns // inner if axis == 0 else 0  # of a fused gate and up
-        key = (source.checkpoint, source.tensor, half)
-        known = self.sums.get(key)
-        if known is not None:
-            return known
-        rows = inner if axis == 0 else info.shape[0]
-        sums, squares = np.zeros(inner), np.zeros(inner)
-        step = max(1, MEAN_CHUNK // 4 // columns)
-        buffer = np.empty(step * columns * 4, np.uint8)
-        for first in range(0, rows, step):
-            count = min(step, rows - first)
-            data = self.read(source, (half * inner + first) * columns, count * columns, buffer)
-            values = to_float32(data.data, info.dtype).reshape(count, columns).astype(np.float64)
-            here = slice(first, first + count) if axis == 0 else slice(None)
-            sums[here] += values.sum(1 - axis)
-            squares[here] += np.square(values).sum(1 - axis)
-        found = UnitSums(sums, squares, columns if axis == 0 else info.shape[0])
-        with self.lock:
-            while len(self.sums) >= KEPT_SUMS:
-                self.sums.pop(next(iter(self.sums)))
-            self.sums[key] = found
-        return found
-
-
-def jobs(plan: MergePlan, reader: Reader, tensor: PlannedTensor) -> Iterator[Job]:
-    """What makes a tensor's bytes, in their order."""
-    if tensor.init:
-        yield _init_job(plan.random_seed, tensor, tensor.init)
-    row = 0  # of the output, where usage counts them
-    for group in tensor.groups:
-        usage = None if plan.usage is None else plan.usage[row : row + group.rows]
-        yield from _group_jobs(plan, reader, tensor.dtype, group, usage)
-        row += group.rows
-
-
-def _group_jobs(plan: MergePlan, reader: Reader, dtype: str, group: PlannedGroup, usage: Array | None) -> Iterator[Job]:
-    item = ITEM_SIZE[dtype]
-    # The widest of the output's row and of each source's stride, which all must fit a buffer in up to 4 bytes.
-    widest = max(group.width, *(source.stride for part in group.parts for source in part.sources))
-    by_usage = any(part.by_usage for part in group.parts)  # whose rows have weights of their own
-    large = 4 * widest > CHUNK or all(part.block * item >= CONTIGUOUS for part in group.parts)
-    if (group.rows == 1 or large) and not by_usage:
-        for row in range(group.rows):
-            for part in group.parts:
-                yield from _block_jobs(plan, reader, dtype, part, row)
-        return
-    step = CHUNK // (4 * widest)
-    for first in range(0, group.rows, step):
-        yield _rows_job(plan, reader, dtype, group, first, min(step, group.rows - first), usage)
-
-
-@dataclass(frozen=True)
-class Stretch:
-    """What a job makes of a part: of so many rows from `first` on, `width` elements from `start` on."""
-
-    first: int
-    rows: int
-    start: int
-    width: int
-
-
-def _block_jobs(plan: MergePlan, reader: Reader, dtype: str, part: Part, row: int) -> Iterator[Job]:
-    """One block, in stretches that fit the buffers."""
-    raw = len(part.sources) == 1 and part.perturbation is None
-    step = (CHUNK if raw else MEAN_CHUNK) // 4
-
-    def job(start: int) -> Job:
-        stretch = Stretch(row, 1, start, min(step, part.block - start))
-        return lambda buffers: _mix(plan, reader, dtype, part, stretch, part.weights, buffers)
-
-    for start in range(0, part.block, step):
-        yield job(start)
-
-
-def _rows_job(
-    plan: MergePlan, reader: Reader, dtype: str, group: PlannedGroup, first: int, count: int, usage: Array | None
-) -> Job:
-    """Some rows of a group, assembled side by side."""
-    item = ITEM_SIZE[dtype]
-
-    def run(buffers: Buffers) -> Array:
-        data = buffers.target[: count * group.width * item]
-        rows, column = data.reshape(count, -1), 0
-        for part in group.parts:
-            width = part.block * item
-            weights: tuple[float, ...] | Array = part.weights
-            if part.by_usage:
-                assert usage is not None, "a plan that was made again without its text cannot be run"
-                weights = usage_of(usage[first : first + count], [source.checkpoint for source in part.sources])
-            mixed = _mix(plan, reader, dtype, part, Stretch(first, count, 0, part.block), weights, buffers)
-            rows[:, column : column + width] = mixed.reshape(count, width)
-            column += width
-        return data
-
-    return run
-
-
-def _mix(
-    plan: MergePlan,
-    reader: Reader,
-    dtype: str,
-    part: Part,
-    stretch: Stretch,
-    weights: tuple[float, ...] | Array,
-    buffers: Buffers,
-) -> Array:
-    """A stretch of one source as `dtype`, or the mean of several: summed in fp32, scaled once, cast once; raw bytes.
-
-    Weights are those of the sources, or `[rows, sources]`.
-    """
-    sources = [
-        Source(s.checkpoint, s.tensor, s.start + stretch.first * s.stride + stretch.start, s.stride)
-        for s in part.sources
-    ]
-    if part.equal:
-        sources = [_equal(reader, sources, stretch, buffers)]
-    if len(sources) == 1 and part.scale == 1.0 and part.perturbation is None:
-        info = reader.info(sources[0])
-        data = reader.rows(sources[0], stretch.width, 0, stretch.rows, buffers)
-        if info.dtype == dtype:
-            return data
-    values = _mean(reader, sources, stretch, weights, buffers)
-    if part.perturbation is not None:
-        source, perturbation = sources[0], part.perturbation
-        begin = stretch.first * part.block + stretch.start
-        elements = source.start + np.arange(stretch.rows)[:, None] * source.stride + np.arange(stretch.width)
-        sums = reader.unit_sums(part.sources[0], perturbation.axis, perturbation.inner)
-        columns = prod(reader.info(source).shape[1:])
-        values = perturbed(values, elements.reshape(-1), begin, perturbation, sums, columns, plan.random_seed)
-    if part.scale != 1.0:
-        values *= np.float32(part.scale)
-    return _cast(reader, sources, values, dtype, buffers)
-
-
-def _equal(reader: Reader, sources: Sequence[Source], stretch: Stretch, buffers: Buffers) -> Source:
-    """The first of several sources, all of which must hold the same numbers there.
-
-    Raises:
-        SeedError: the first that differs.
-    """
-    first, *others = sources
-    data = reader.rows(first, stretch.width, 0, stretch.rows, buffers)
-    expected = to_float32(data.data, reader.info(first).dtype)
-    for other in others:
-        data = reader.rows(other, stretch.width, 0, stretch.rows, buffers)
-        if not np.array_equal(expected, to_float32(data.data, reader.info(other).dtype)):
-            one, two = (reader.sources[source.checkpoint].name for source in (first, other))
-            raise SeedError(
-                f"seed '{two}': tensor '{other.tensor}' differs from that of seed '{one}', and the recipe mixes it by "
-                "'equal': it was to be frozen while the seeds were trained; mix it by mean, or leave that seed out"
-            )
-    return first
-
-
-def _mean(
-    reader: Reader,
-    sources: Sequence[Source],
-    stretch: Stretch,
-    weights: tuple[float, ...] | Array,
-    buffers: Buffers,
-) -> Array:
-    """The weighted mean of a stretch of some sources, in fp32."""
-    if len(sources) == 1:
-        data = reader.rows(sources[0], stretch.width, 0, stretch.rows, buffers)
-        return to_float32(data.data, reader.info(sources[0]).dtype)
-    by_row = isinstance(weights, np.ndarray)
-    equal = not by_row and len(set(weights)) == 1
-    total: Array | None = None
-    for index, source in enumerate(sources):
-        data = reader.rows(source, stretch.width, 0, stretch.rows, buffers)
-        values = to_float32(data.data, reader.info(source).dtype)
-        if isinstance(weights, np.ndarray):
-            values *= weights[:, index].astype(np.float32).repeat(stretch.width)
-        elif not equal:
-            values *= np.float32(weights[index])
-        if total is None:
-            total = values
-        else:
-            with np.errstate(over="ignore"):  # what overflows is found and named by the cast
-                total += values
-    assert total is not None
-    if equal:
-        total /= np.float32(len(sources))
-    return total
-
-
-def _cast(reader: Reader, sources: Sequence[Source], values: Array, dtype: str, buffers: Buffers) -> Array:
-    with np.errstate(over="ignore"):
-        data = values.astype(FLOATS[dtype], copy=False).view(np.uint8)
-    found = first_not_finite(data, dtype, buffers.scratch)
-    if found is not None:
-        names = ", ".join(f"'{reader.sources[source.checkpoint].name}'" for source in sources)
-        raise SeedError(
-            f"seed {names}: tensor '{sources[0].tensor}' holds {values[found]:g}, which {dtype} cannot hold; "
-            "take another --dtype"
-        )
-    return data
-
-
-def _init_job(random_seed: int, tensor: PlannedTensor, init: RandomInit | Constant) -> Job:
-    def run(_: Buffers) -> Array:
-        if isinstance(init, Constant):
-            return np.array(init.values, np.float32).astype(FLOATS[tensor.dtype]).view(np.uint8)
-        if init.std == 0:
-            return np.zeros(tensor.nbytes, np.uint8)
-        rows, width = tensor.shape[0] // init.repeat, prod(tensor.shape[1:])
-        # The legacy generator's stream is frozen by numpy's policy, so the same plan gives the same router anywhere.
-        words = np.frombuffer(hashlib.sha256(f"{random_seed}:{tensor.name}".encode()).digest(), np.uint32)
-        values = RandomState(words).standard_normal((rows, width)) * init.std
-        values = values.repeat(init.repeat, 0).reshape(-1)
-        return values.astype(np.float32).astype(FLOATS[tensor.dtype]).view(np.uint8)
-
-    return run
 
 
 def _write(descriptor: int, data: Array, offset: int) -> None:

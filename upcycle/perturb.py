@@ -16,7 +16,7 @@ import numpy as np
 from numpy.random import PCG64, RandomState
 
 from upcycle.numeric import Array
-from upcycle.plan import Perturbation
+from upcycle.planned import Perturbation
 
 LEVELS: Final = 2**16  # a quarter of a generator's word
 LANES: Final = 4

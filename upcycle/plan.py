@@ -3,120 +3,30 @@
 import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from math import prod
 from pathlib import Path
 from typing import Any, Final
 
 from upcycle.ancestry import check_related, find_ancestor, fingerprint, sample
 from upcycle.chat_template import take_template
-from upcycle.checkpoint import ITEM_SIZE, TensorInfo
+from upcycle.checkpoint import TensorInfo
 from upcycle.companions import bam_config, copied_files, dense_config, plain_tokenizer_config
 from upcycle.dense_config import DenseModel
 from upcycle.errors import RecipeError, SeedError, did_you_mean
-from upcycle.layout import Group, Layout, MixtureTensor, Piece, make_layout
+from upcycle.layout import Layout, make_layout
 from upcycle.licenses import seed_records
 from upcycle.native import NATIVE, NativeClass, native_config, native_misfit
 from upcycle.numeric import Array
-from upcycle.recipe import ANCESTOR, EQUAL, FROM_TEXT, MEAN, SEED_PREFIX, USAGE, WEIGHTED, Recipe, mixed_layers
+from upcycle.planned import PlannedTensor, Source
+from upcycle.planner import Planner
+from upcycle.recipe import SEED_PREFIX, WEIGHTED, Recipe, mixed_layers
 from upcycle.recipe_file import MAX_EXPERTS
 from upcycle.seeds import Seed, adapter_record, check_tensors, read_license
 from upcycle.version import __version__
-from upcycle.vocabulary import TABLES, Alignment, own_shapes
+from upcycle.vocabulary import Alignment, own_shapes
 
 FORMATS: Final = ("auto", "native", "bam")
-
-
-@dataclass(frozen=True)
-class Source:
-    """A region of one source tensor: the group's rows of the part's block of elements, `stride` apart, from `start`."""
-
-    checkpoint: int
-    tensor: str
-    start: int
-    stride: int
-
-
-@dataclass(frozen=True)
-class Perturbation:
-    """What makes an expert's weights differ from its source's: noise, or inner units drawn anew.
-
-    Attributes:
-        key: of the random numbers; the units drawn anew are chosen by the part of it before the "|", so that gate, up
-            and down of one expert lose the same ones.
-        axis: of the source's matrix along which the FFN's inner units lie, 0 or 1.
-        inner: how many there are.
-        noise: standard deviation of the noise, in those of the source tensor.
-        drop: share of the units that are drawn anew, normal, with the mean and deviation of what they replace.
-    """
-
-    key: str
-    axis: int
-    inner: int
-    noise: float
-    drop: float
-
-
-@dataclass(frozen=True)
-class Part:
-    """One block of a group's row: the copy of one source, or the weighted mean of several, in fp32 with one cast."""
-
-    block: int
-    sources: tuple[Source, ...]
-    weights: tuple[float, ...] = (1.0,)
-    by_usage: bool = False  # each row's weights are those of the plan's `usage` instead
-    equal: bool = False  # all sources must be equal to the bit
-    scale: float = 1.0
-    perturbation: Perturbation | None = None
-
-
-@dataclass(frozen=True)
-class PlannedGroup:
-    """`rows` rows, each the parts' blocks side by side, laid into the output one after another."""
-
-    rows: int
-    parts: tuple[Part, ...]
-
-    @property
-    def width(self) -> int:
-        """Elements of one row."""
-        return sum(part.block for part in self.parts)
-
-
-@dataclass(frozen=True)
-class RandomInit:
-    """A router's start: normal with this standard deviation (0: zeros), from the plan's random seed and its name.
-
-    Each row stands `repeat` times. With `from_text` it is only what stands there until the router is set from text,
-    when all else is written.
-    """
-
-    std: float
-    from_text: bool = False
-    repeat: int = 1
-
-
-@dataclass(frozen=True)
-class Constant:
-    """A vector given in the recipe: a router's bias."""
-
-    values: tuple[float, ...]
-
-
-@dataclass(frozen=True)
-class PlannedTensor:
-    """One output tensor: assembled from groups, or initialised."""
-
-    name: str
-    dtype: str
-    shape: tuple[int, ...]
-    groups: tuple[PlannedGroup, ...] = ()
-    init: RandomInit | Constant | None = None
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes in the output file."""
-        return prod(self.shape) * ITEM_SIZE[self.dtype]
 
 
 @dataclass(frozen=True)
@@ -251,7 +161,7 @@ def plan_merge(
 
     main_dtype = dtype or first.tensors[f"{first.model.family.base}.{first.model.family.embedding}.weight"].dtype
     ancestor = seeds[0].name if recipe.copies else find_ancestor(seeds, samples)
-    planner = _Planner(recipe, layout, seeds, dtype, main_dtype, ancestor, alignment)
+    planner = Planner(recipe, layout, seeds, dtype, main_dtype, ancestor, alignment)
     tensors = tuple(planner.tensor(tensor) for tensor in layout.mixture)
     unused = _check_complete(tensors, layout, len(seeds))
     made = "native" if native else "bam" if recipe.ffn_experts else "dense"
@@ -315,7 +225,7 @@ def choose_format(
 
 
 def _provenance(
-    planner: "_Planner",
+    planner: Planner,
     samples: Sequence[Mapping[str, bytes]],
     dropped: Sequence[Sequence[str]],
     unused: Sequence[set[str]],
@@ -435,147 +345,6 @@ def _check_dtypes(seeds: Sequence[Seed], dense: Mapping[str, tuple[int, ...]], d
                     f"{seed.where}: tensor '{name}' is {found}, but {seeds[0].where} has it in {expected}; "
                     "--dtype bf16 (or fp16, fp32) converts every seed"
                 )
-
-
-class _Planner:
-    """Says of every tensor of the mixture which sources it is made of."""
-
-    def __init__(
-        self,
-        recipe: Recipe,
-        layout: Layout,
-        seeds: Sequence[Seed],
-        dtype: str | None,
-        main_dtype: str,
-        ancestor: str | None,
-        alignment: Alignment | None,
-    ) -> None:
-        self.recipe, self.layout, self.seeds, self.ancestor = recipe, layout, seeds, ancestor
-        self.dtype, self.main_dtype, self.alignment = dtype, main_dtype, alignment
-        self.names = [seed.name for seed in seeds]
-        self.experts = [0] * layout.experts if recipe.copies else list(range(layout.experts))
-
-    def expert_names(self) -> list[str]:
-        """One for each FFN expert: the seed's, with a number behind it where it has several."""
-        names = [self.names[index] for index in self.experts]
-        if self.recipe.copies:
-            names = [f"{name}-{i}" for i, name in enumerate(names)]
-        experts = self.recipe.experts
-        origin = self.one(experts.extra_from) if experts.extra else MEAN
-        names += [f"{origin}-extra-{number}" for number in range(experts.extra)]
-        shards = experts.granularity
-        return names if shards == 1 else [f"{name}.{shard}" for name in names for shard in range(shards)]
-
-    def one(self, way: str) -> str:
-        """The name of the seed that "ancestor" or "seed:NAME" means; "mean" stays.
-
-        Raises:
-            RecipeError: no seed is found to be the others' ancestor.
-        """
-        if way != ANCESTOR:
-            return way.removeprefix(SEED_PREFIX)
-        if self.ancestor is None and not all(seed.here for seed in self.seeds):
-            return self.names[0]  # a plan to look at; what is here tells
-        if self.ancestor is None:
-            raise RecipeError(
-                f"recipe '{self.recipe.name}' speaks of the seeds' ancestor, but none of {', '.join(self.names)} is "
-                "found to be it (among fewer than four nobody can tell); name it, seed:NAME, in the recipe or by --set"
-            )
-        return self.ancestor
-
-    def tensor(self, tensor: MixtureTensor) -> PlannedTensor:
-        if tensor.router:
-            return PlannedTensor(tensor.name, self.main_dtype, tensor.shape, init=self.init(tensor.router))
-        groups = tuple(planned for group in tensor.groups for planned in self.groups(group, tensor.name))
-        names = {piece.tensor for group in tensor.groups for piece in group.pieces}
-        dtypes = {self.dtype or self.seeds[0].tensors[name].dtype for name in names}
-        if len(dtypes) > 1:
-            raise SeedError(
-                f"{self.seeds[0].where}: {', '.join(sorted(names))} go into one tensor but have dtypes "
-                f"{', '.join(sorted(dtypes))}; --dtype converts them"
-            )
-        return PlannedTensor(tensor.name, dtypes.pop(), tensor.shape, groups)
-
-    def init(self, kind: str) -> RandomInit | Constant:
-        """How a router, or its bias, starts."""
-        recipe, shards = self.recipe, self.recipe.experts.granularity
-        if kind == "none":
-            return RandomInit(0.0)
-        if kind == "ffn_bias":
-            named = [*(self.names[index] for index in self.experts), *[""] * recipe.experts.extra]
-            return Constant(tuple(recipe.ffn_router.bias.get(name, 0.0) for name in named for _ in range(shards)))
-        router = recipe.ffn_router if kind == "ffn" else recipe.attention_router
-        std = router.std if router.init == "random" else 0.0
-        return RandomInit(std, router.init in FROM_TEXT, shards if kind == "ffn" else 1)
-
-    def groups(self, group: Group, tensor: str) -> Iterator[PlannedGroup]:
-        """A group, or of aligned tables one for each run of rows that the same seeds have."""
-        if self.alignment is None or group.pieces[0].role not in TABLES:
-            yield self.group(group, tensor)
-            return
-        (piece,) = group.pieces
-        way = self.recipe.mix[piece.role]
-        by_usage = way == USAGE
-        indices, weights = self.mix(way)
-        width = self.seeds[0].tensors[piece.tensor].shape[1]
-        for run in self.alignment.runs:
-            having, shares = run.mixed(indices, weights)
-            # One block but where each row has weights of its own.
-            rows, block = (run.rows, width) if by_usage else (1, run.rows * width)
-            sources = tuple(Source(index, piece.tensor, (run.starts[index] or 0) * width, block) for index in having)
-            part = Part(block, sources, (1.0,) if by_usage else shares, by_usage, equal=way == EQUAL)
-            yield PlannedGroup(rows, (part,))
-
-    def group(self, group: Group, tensor: str) -> PlannedGroup:
-        role = group.pieces[0].role
-        if group.expert is None and (group.mix or self.recipe.mix[role]) == USAGE:
-            (piece,) = group.pieces
-            rows, width = self.seeds[0].tensors[piece.tensor].shape
-            sources = tuple(Source(index, piece.tensor, 0, width) for index in range(len(self.seeds)))
-            return PlannedGroup(rows, (Part(width, sources, by_usage=True),))
-        parts = []
-        for copy in range(group.copies):
-            for piece in group.pieces:
-                if group.expert is None:
-                    parts.append(self.part(piece, group.mix or self.recipe.mix[piece.role]))
-                else:
-                    parts.append(self.expert(piece, group.expert + copy, tensor))
-        return PlannedGroup(group.rows, tuple(parts))
-
-    def part(self, piece: Piece, way: str) -> Part:
-        """A piece, mixed in this way."""
-        indices, weights = self.mix(way)
-        sources = tuple(Source(index, piece.tensor, piece.start, piece.stride) for index in indices)
-        return Part(piece.block, sources, weights, equal=way == EQUAL, scale=piece.scale)
-
-    def expert(self, piece: Piece, number: int, tensor: str) -> Part:
-        """A piece of one expert."""
-        experts = self.recipe.experts
-        if number < len(self.experts):
-            part = self.part(piece, f"{SEED_PREFIX}{self.names[self.experts[number]]}")
-        else:
-            part = self.part(piece, experts.extra_from)
-        if piece.role != "ffn" or not piece.units or not (experts.noise or experts.drop):
-            return part
-        layer = piece.tensor.partition(".mlp.")[0]
-        perturbation = Perturbation(
-            key=f"{layer} {number}|{piece.tensor} {piece.start}",
-            axis=0 if piece.units == "rows" else 1,
-            inner=self.layout.model.sizes.inner,
-            noise=experts.noise,
-            drop=experts.drop,
-        )
-        return replace(part, perturbation=perturbation)
-
-    def mix(self, way: str) -> tuple[list[int], tuple[float, ...]]:
-        """Which seeds a way to mix takes, and with which weights."""
-        if way == ANCESTOR or way.startswith(SEED_PREFIX):
-            return [self.names.index(self.one(way))], (1.0,)
-        count = len(self.seeds)
-        if way == WEIGHTED:
-            shares = [self.recipe.weights[name] for name in self.names]
-            return list(range(count)), tuple(share / sum(shares) for share in shares)
-        return list(range(count)), (1.0 / count,) * count
 
 
 def _check_complete(tensors: Sequence[PlannedTensor], layout: Layout, num_sources: int) -> list[set[str]]:

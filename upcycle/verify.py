@@ -13,6 +13,7 @@ from typing import Any, Final
 
 import numpy as np
 
+from upcycle.assemble import Buffers, Reader, jobs
 from upcycle.checkpoint import (
     CONFIG,
     COPIED_FILES,
@@ -29,10 +30,10 @@ from upcycle.checksums import STRETCH, TensorSum, file_sum, read_sums
 from upcycle.dense_config import read_dense
 from upcycle.errors import CheckpointError, UpcycleError
 from upcycle.layout import make_layout
-from upcycle.merge import Buffers, Reader, jobs
 from upcycle.mixture import is_mixture, read_mixture, router_records
 from upcycle.numeric import FLOATS, Array, first_not_finite
-from upcycle.plan import MergePlan, PlannedTensor, plan_merge
+from upcycle.plan import MergePlan, plan_merge
+from upcycle.planned import PlannedTensor
 from upcycle.recipe_file import parse_recipe
 from upcycle.scaling import DENSE
 from upcycle.seeds import download, read_seeds
