@@ -33,6 +33,7 @@ CASES = (
     Case("qwen2", "qwen2", {"use_sliding_window": True, **_SLIDING}),
     Case("qwen2-full", "qwen2"),
     Case("qwen3", "qwen3", {"head_dim": 16, "attention_bias": True}),
+    Case("gemma", "gemma", {"head_dim": 16}),
     Case("gemma2", "gemma2", {"head_dim": 16, **_SLIDING}),
     Case("gemma3_text", "gemma3_text", {"head_dim": 16, **_SLIDING}),
     Case("cohere", "cohere", {"use_qk_norm": True, "logit_scale": 1.0}),

@@ -175,6 +175,28 @@ FAMILIES: Final[Mapping[str, Family]] = {
         output_bias="attention_bias",
         qk_norm="head",
     ),
+    "gemma": Family(
+        architecture="GemmaForCausalLM",
+        token_ids=(2, 1, 0),
+        defaults={
+            **_COMMON,
+            "hidden_act": "gelu_pytorch_tanh",
+            "tie_word_embeddings": True,
+            "vocab_size": 256_000,
+            "hidden_size": 3072,
+            "intermediate_size": 24_576,
+            "num_hidden_layers": 28,
+            "num_attention_heads": 16,
+            "num_key_value_heads": 16,
+            "head_dim": 256,
+            "max_position_embeddings": 8192,
+            "rms_norm_eps": 1e-6,
+            "attention_bias": False,
+            "use_bidirectional_attention": None,
+        },
+        qkv_bias="attention_bias",
+        output_bias="attention_bias",
+    ),
     "gemma2": Family(
         architecture="Gemma2ForCausalLM",
         defaults={
