@@ -67,7 +67,7 @@ def parse_recipe(name: str, table: Mapping[str, Any]) -> Recipe:
     recipe = Recipe(
         name=name,
         mix=_parse_mix(where, _table(where, "mix", table)),
-        layers=_typed(f"{where}, [layers]", "mix", layers.get("mix", "all"), str),
+        layers=_parse_layers(f"{where}, [layers]", layers.get("mix", "all")),
         experts=_section(f"{where}, [experts]", Experts(), _table(where, "experts", table)),
         weights=_parse_weights(f"{where}, [weights]", _table(where, "weights", table)),
         prompts=_parse_prompts(where, _table(where, "prompts", table)),
@@ -173,6 +173,11 @@ def _parse_weights(where: str, table: Mapping[str, Any]) -> dict[str, float]:
     if weights and not 0 < sum(weights.values()) < float("inf"):
         raise RecipeError(f"{where}: all weights are 0, or their sum is too large")
     return weights
+
+
+def _parse_layers(where: str, value: Any) -> str:
+    """A single layer may be written as a number."""
+    return str(value) if type(value) is int else _typed(where, "mix", value, str)
 
 
 def _parse_prompts(where: str, table: Mapping[str, Any]) -> dict[str, tuple[str, ...]]:
