@@ -3,6 +3,7 @@
 Run by hand:
 
     python benchmarks/merge.py --json merge.json
+    python benchmarks/merge.py --every-recipe --runs 3
 
 Three Llama seeds of about 1 GB each in bf16 are written once to the `--work` folder. Then every command runs `--runs`
 times, in turns, so that a busy machine slows all of them alike; the order is drawn anew in each turn, and each ratio is
@@ -277,6 +278,42 @@ def mixturekit_words(given: str | None) -> list[str]:
     return [given or sys.executable, "-m", "MixtureKit.cli", "build"]
 
 
+def recipe_commands(seeds: Sequence[Path], out: Path) -> Iterator[Command]:
+    """Each recipe that ships: of three seeds, or of three copies of one, as native and as BAM where it can be both."""
+    from upcycle.recipe_file import builtin_recipes
+
+    changes = {"btx-extra": ("experts.extra_from=seed:code",), "flex": ("router.ffn.init=random",)}
+    for name, recipe in builtin_recipes().items():
+        given: list[str] = [str(seed) for seed in seeds]
+        if recipe.copies:
+            given = given[:1]
+        if name == "flex":  # whose seeds agree in all but the FFN
+            given = [f"{one.name}={seeds[0]}" for one in seeds]
+        words = upcycle("merge", "--allow-unrelated", "--seeds", *given, "--recipe", name, "--out", out)
+        words += ["--num-experts", "3"] if recipe.copies else []
+        words += [word for change in changes.get(name, ()) for word in ("--set", change)]
+        formats = ["bam"] if recipe.ffn_experts else ["auto"]
+        if recipe.ffn_experts and not recipe.attention_experts and recipe.ffn_router.normalize:
+            formats += [] if recipe.experts.shared else ["native"]
+        for format in formats:
+            yield Command(f"{name}, {format}", [*words, "--format", format], out)
+
+
+def every_recipe(arguments: argparse.Namespace, seeds: Sequence[Path], work: Path, out: Path, drop: bool) -> None:
+    """Each recipe's merge beside `cat` of exactly as many bytes, in turns."""
+    rows = []
+    for merge in recipe_commands(seeds, out):
+        measure(merge, work / "log.txt", drop)  # untimed: it tells how many bytes there are
+        merge.seconds.clear()
+        cat = cat_command(CAT_SAME, [*seeds, *seeds, *seeds], merge.nbytes, out)
+        race([merge, cat], arguments.runs, work, drop)
+        rows.append((merge, ratio(merge, cat)))
+    print("\n| recipe | median s | × cat of its bytes | GB | peak MB |\n|---|---:|---:|---:|---:|")
+    for merge, share in rows:
+        median = statistics.median(merge.seconds)
+        print(f"| {merge.name} | {median:.2f} | {share:.2f} | {merge.nbytes / 1e9:.2f} | {merge.memory / 1e6:.0f} |")
+
+
 def race(commands: Sequence[Command], runs: int, work: Path, drop: bool) -> None:
     """Run all commands in turns, each in another order: a run inherits memory and disk from the one before it."""
     for turn in range(runs):
@@ -326,6 +363,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--runs", type=int, default=5, help="turns (default: %(default)s)")
     parser.add_argument("--gigabytes", type=float, default=1.0, help="of one seed (default: %(default)s)")
     parser.add_argument("--recipe", default="bam", help="(default: %(default)s)")
+    parser.add_argument("--every-recipe", action="store_true", help="each recipe against cat of its bytes, no more")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write every number there")
     parser.add_argument(
         "--mergekit", metavar="PYTHON", help="interpreter that has mergekit, or its mergekit-moe script"
@@ -345,6 +383,9 @@ def main() -> None:
     print(f"peak memory: {'anonymous (RssAnon), polled' if LINUX else 'resident, with mapped files (ru_maxrss)'}")
 
     seeds, toys = make_seeds(work, large(arguments.gigabytes)), make_seeds(work, TOY)
+    if arguments.every_recipe:
+        every_recipe(arguments, seeds, work, out, drop)
+        return
     merges = [merge_command(seeds, arguments.recipe, size, out) for size in SHARD_SIZES]
     first = merge_command(seeds, arguments.recipe, SHARD_SIZES[0], out)
     measure(first, work / "log.txt", drop)  # untimed: it compiles the modules, and tells how many bytes a merge writes

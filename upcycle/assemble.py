@@ -21,7 +21,7 @@ from upcycle.adapters import Factors, read_made
 from upcycle.checkpoint import ITEM_SIZE, TensorInfo
 from upcycle.errors import CheckpointError, SeedError
 from upcycle.numeric import FLOATS, Array, first_not_finite, to_float32
-from upcycle.perturb import UnitSums, perturbed
+from upcycle.perturb import Region, UnitSums, perturbed
 from upcycle.plan import MergePlan
 from upcycle.planned import Constant, Part, PlannedGroup, PlannedTensor, RandomInit, Source
 from upcycle.vocabulary import usage_of
@@ -126,10 +126,10 @@ class Reader:
         for first in range(0, rows, step):
             count = min(step, rows - first)
             data = self.read(source, (half * inner + first) * columns, count * columns, buffer)
-            values = to_float32(data.data, info.dtype).reshape(count, columns).astype(np.float64)
+            values = to_float32(data.data, info.dtype).reshape(count, columns)
             here = slice(first, first + count) if axis == 0 else slice(None)
-            sums[here] += values.sum(1 - axis)
-            squares[here] += np.square(values).sum(1 - axis)
+            sums[here] += values.sum(1 - axis, dtype=np.float64)
+            squares[here] += np.square(values).sum(1 - axis, dtype=np.float64)
         found = UnitSums(sums, squares, columns if axis == 0 else info.shape[0])
         with self.lock:
             while len(self.sums) >= KEPT_SUMS:
@@ -238,11 +238,10 @@ def _mix(
     values = _mean(reader, sources, stretch, weights, buffers)
     if part.perturbation is not None:
         source, perturbation = sources[0], part.perturbation
-        begin = stretch.first * part.block + stretch.start
-        elements = source.start + np.arange(stretch.rows)[:, None] * source.stride + np.arange(stretch.width)
         sums = reader.unit_sums(part.sources[0], perturbation.axis, perturbation.inner)
-        columns = prod(reader.info(source).shape[1:])
-        values = perturbed(values, elements.reshape(-1), begin, perturbation, sums, columns, plan.random_seed)
+        columns, begin = prod(reader.info(source).shape[1:]), stretch.first * part.block + stretch.start
+        region = Region(source.start, stretch.rows, source.stride, stretch.width, columns, begin)
+        values = perturbed(values, region, perturbation, sums, plan.random_seed)
     if part.scale != 1.0:
         values *= np.float32(part.scale)
     return _cast(reader, sources, values, dtype, buffers)

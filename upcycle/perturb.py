@@ -40,29 +40,54 @@ class UnitSums:
         return mean, max(0.0, float(self.squares[chosen].sum()) / count - mean**2) ** 0.5
 
 
-def perturbed(
-    values: Array, elements: Array, offset: int, perturbation: Perturbation, sums: UnitSums, columns: int, seed: int
-) -> Array:
+@dataclass(frozen=True)
+class Region:
+    """Where a stretch of a part lies in its source's matrix of so many `columns`.
+
+    It has `rows` times `width` elements, `stride` apart, from element `start`; the first is the part's number `offset`.
+    """
+
+    start: int
+    rows: int
+    stride: int
+    width: int
+    columns: int
+    offset: int
+
+
+def perturbed(values: Array, region: Region, perturbation: Perturbation, sums: UnitSums, seed: int) -> Array:
     """A stretch of a part's weights with its noise, or with the weights of dropped units drawn anew; in place.
 
     Args:
         values: fp32 `[n]`.
-        elements: `[n]`, where each stands in its source's matrix of so many `columns`.
-        offset: of the first in the part.
         sums: of the source's units.
         seed: the plan's random seed.
     """
     if perturbation.noise:
-        scale = np.float32(perturbation.noise * sums.moments()[1])
-        values += scale * normal(f"{seed}:noise:{perturbation.key}", offset, len(values))
+        noise = normal(f"{seed}:noise:{perturbation.key}", region.offset, len(values))
+        noise *= np.float32(perturbation.noise * sums.moments()[1])
+        values += noise
     if perturbation.drop:
         units = dropped_units(seed, perturbation.key.partition("|")[0], perturbation.inner, perturbation.drop)
-        index = elements % columns if perturbation.axis else elements // columns % perturbation.inner
-        chosen = units[index]
         mean, deviation = sums.moments(units)
-        drawn = normal(f"{seed}:drop:{perturbation.key}", offset, len(values))
-        values[chosen] = np.float32(mean) + np.float32(deviation) * drawn[chosen]
+        drawn = normal(f"{seed}:drop:{perturbation.key}", region.offset, len(values))
+        drawn *= np.float32(deviation)
+        drawn += np.float32(mean)
+        np.copyto(values, drawn, where=_of_units(units, perturbation.axis, region))
     return values
+
+
+def _of_units(units: Array, axis: int, region: Region) -> Array:
+    """Which elements of a region belong to chosen units, `[n]`."""
+    columns, inner = region.columns, len(units)
+    first = region.start % columns
+    if axis == 0:  # whole rows are units, and a region has all of them or begins and ends within some
+        assert region.rows == 1, "rows of units lie one after another"
+        rows = np.arange(region.start // columns, (region.start + region.width - 1) // columns + 1) % inner
+        return units[rows].repeat(columns)[first : first + region.width]
+    if region.rows > 1:  # the same columns of one row after another
+        return np.tile(units[first : first + region.width], region.rows)
+    return np.tile(units, -(-(first + region.width) // columns))[first : first + region.width]
 
 
 @lru_cache(maxsize=64)
@@ -80,8 +105,7 @@ def normal(key: str, start: int, count: int) -> Array:
     generator.advance(first)
     words = generator.random_raw(ceil((start + count) / LANES) - first)
     lanes = words.astype("<u8", copy=False).view("<u2")[start - first * LANES :][:count]
-    drawn: Array = _quantiles()[lanes]
-    return drawn
+    return np.take(_quantiles(), lanes)
 
 
 @cache
