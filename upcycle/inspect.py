@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Final
 
 from upcycle.checkpoint import CONFIG, PROVENANCE, TensorInfo, read_json, read_tensors
 from upcycle.dense_config import DenseModel, read_dense
@@ -14,6 +15,9 @@ from upcycle.numeric import TORCH_NAMES
 from upcycle.plan import check_recipe
 from upcycle.recipe_file import builtin_recipes
 from upcycle.scaling import DEFAULT_CONTEXT, DENSE, Cost, dense_cost, layout_cost
+
+
+ANY_EXPERTS: Final = 8  # as many as every recipe can take and needs
 
 
 @dataclass(frozen=True)
@@ -88,7 +92,7 @@ def _fitting(model: DenseModel) -> list[str]:
     fitting = []
     for name, recipe in builtin_recipes().items():
         try:
-            check_recipe(recipe, model, 1024)
+            check_recipe(recipe, model, ANY_EXPERTS)
         except RecipeError:
             continue
         fitting.append(name)

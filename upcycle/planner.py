@@ -60,7 +60,7 @@ class Planner:
     def tensor(self, tensor: MixtureTensor) -> PlannedTensor:
         if tensor.router:
             return PlannedTensor(tensor.name, self.main_dtype, tensor.shape, init=self.init(tensor.router))
-        groups = tuple(planned for group in tensor.groups for planned in self.groups(group, tensor.name))
+        groups = tuple(planned for group in tensor.groups for planned in self.groups(group))
         names = {piece.tensor for group in tensor.groups for piece in group.pieces}
         dtypes = {self.dtype or self.seeds[0].tensors[name].dtype for name in names}
         if len(dtypes) > 1:
@@ -82,10 +82,10 @@ class Planner:
         std = router.std if router.init == "random" else 0.0
         return RandomInit(std, router.init in FROM_TEXT, shards if kind == "ffn" else 1)
 
-    def groups(self, group: Group, tensor: str) -> Iterator[PlannedGroup]:
+    def groups(self, group: Group) -> Iterator[PlannedGroup]:
         """A group, or of aligned tables one for each run of rows that the same seeds have."""
         if self.alignment is None or group.pieces[0].role not in TABLES:
-            yield self.group(group, tensor)
+            yield self.group(group)
             return
         (piece,) = group.pieces
         way = self.recipe.mix[piece.role]
@@ -100,7 +100,7 @@ class Planner:
             part = Part(block, sources, (1.0,) if by_usage else shares, by_usage, equal=way == EQUAL)
             yield PlannedGroup(rows, (part,))
 
-    def group(self, group: Group, tensor: str) -> PlannedGroup:
+    def group(self, group: Group) -> PlannedGroup:
         role = group.pieces[0].role
         if group.expert is None and (group.mix or self.recipe.mix[role]) == USAGE:
             (piece,) = group.pieces
@@ -113,7 +113,7 @@ class Planner:
                 if group.expert is None:
                     parts.append(self.part(piece, group.mix or self.recipe.mix[piece.role]))
                 else:
-                    parts.append(self.expert(piece, group.expert + copy, tensor))
+                    parts.append(self.expert(piece, group.expert + copy))
         return PlannedGroup(group.rows, tuple(parts))
 
     def part(self, piece: Piece, way: str) -> Part:
@@ -122,7 +122,7 @@ class Planner:
         sources = tuple(Source(index, piece.tensor, piece.start, piece.stride) for index in indices)
         return Part(piece.block, sources, weights, equal=way == EQUAL, scale=piece.scale)
 
-    def expert(self, piece: Piece, number: int, tensor: str) -> Part:
+    def expert(self, piece: Piece, number: int) -> Part:
         """A piece of one expert."""
         experts = self.recipe.experts
         if number < len(self.experts):
