@@ -16,7 +16,6 @@ from upcycle.plan import check_recipe
 from upcycle.recipe_file import builtin_recipes
 from upcycle.scaling import DEFAULT_CONTEXT, DENSE, Cost, dense_cost, layout_cost
 
-
 ANY_EXPERTS: Final = 8  # as many as every recipe can take and needs
 
 
