@@ -110,7 +110,7 @@ class Reader:
             "the training of this seed diverged, or the file is damaged"
         )
 
-    def unit_sums(self, source: Source, axis: int, inner: int) -> UnitSums:
+    def unit_sums(self, source: Source, axis: int, inner: int, buffers: "Buffers") -> UnitSums:
         """The sums of an FFN matrix's inner units, read once; those of the last few matrices are kept."""
         info = self.info(source)
         columns = prod(info.shape[1:])
@@ -122,14 +122,15 @@ class Reader:
         rows = inner if axis == 0 else info.shape[0]
         sums, squares = np.zeros(inner), np.zeros(inner)
         step = max(1, MEAN_CHUNK // 4 // columns)
-        buffer = np.empty(step * columns * 4, np.uint8)
         for first in range(0, rows, step):
             count = min(step, rows - first)
-            data = self.read(source, (half * inner + first) * columns, count * columns, buffer)
+            part = Source(source.checkpoint, source.tensor, (half * inner + first) * columns, 0)
+            data = self.rows(part, count * columns, 0, 1, buffers)
             values = to_float32(data.data, info.dtype).reshape(count, columns)
             here = slice(first, first + count) if axis == 0 else slice(None)
             sums[here] += values.sum(1 - axis, dtype=np.float64)
-            squares[here] += np.square(values).sum(1 - axis, dtype=np.float64)
+            with np.errstate(over="ignore"):  # what is drawn with an infinite deviation is found by the cast
+                squares[here] += np.square(values).sum(1 - axis, dtype=np.float64)
         found = UnitSums(sums, squares, columns if axis == 0 else info.shape[0])
         with self.lock:
             while len(self.sums) >= KEPT_SUMS:
@@ -238,12 +239,14 @@ def _mix(
     values = _mean(reader, sources, stretch, weights, buffers)
     if part.perturbation is not None:
         source, perturbation = sources[0], part.perturbation
-        sums = reader.unit_sums(part.sources[0], perturbation.axis, perturbation.inner)
+        sums = reader.unit_sums(part.sources[0], perturbation.axis, perturbation.inner, buffers)
         columns, begin = prod(reader.info(source).shape[1:]), stretch.first * part.block + stretch.start
         region = Region(source.start, stretch.rows, source.stride, stretch.width, columns, begin)
-        values = perturbed(values, region, perturbation, sums, plan.random_seed)
+        with np.errstate(over="ignore", invalid="ignore"):
+            values = perturbed(values, region, perturbation, sums, plan.random_seed)
     if part.scale != 1.0:
-        values *= np.float32(part.scale)
+        with np.errstate(over="ignore"):
+            values *= np.float32(part.scale)
     return _cast(reader, sources, values, dtype, buffers)
 
 
