@@ -32,7 +32,7 @@ from . import (
 )
 
 # Options that take every word up to the next one that begins with `-`.
-LIST_OPTIONS = ("--seeds", "--set", "--data", "--eval-data", "--mix", "--tasks", "--router-data")
+LIST_OPTIONS = ("--seeds", "--set", "--data", "--eval-data", "--mix", "--tasks", "--router-data", "--weights")
 
 app = typer.Typer(
     name="upcycle",
