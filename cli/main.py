@@ -49,7 +49,6 @@ for function in (
     train.train,
     evaluate.evaluate,
     report.report,
-    recipes.recipes,
     inspect.inspect,
     verify.verify,
     extract.extract,
@@ -58,6 +57,7 @@ for function in (
     demo.demo,
 ):
     app.command("eval" if function is evaluate.evaluate else None)(function)
+app.add_typer(recipes.app, name="recipes")
 
 
 def _version(wanted: bool) -> None:
