@@ -32,7 +32,7 @@ from . import (
 )
 
 # Options that take every word up to the next one that begins with `-`.
-LIST_OPTIONS = ("--seeds", "--set", "--data", "--eval-data", "--mix", "--tasks", "--router-data")
+LIST_OPTIONS = ("--seeds", "--set", "--data", "--eval-data", "--mix", "--tasks", "--router-data", "--weights")
 
 app = typer.Typer(
     name="upcycle",
@@ -49,7 +49,6 @@ for function in (
     train.train,
     evaluate.evaluate,
     report.report,
-    recipes.recipes,
     inspect.inspect,
     verify.verify,
     extract.extract,
@@ -58,6 +57,7 @@ for function in (
     demo.demo,
 ):
     app.command("eval" if function is evaluate.evaluate else None)(function)
+app.add_typer(recipes.app, name="recipes")
 
 
 def _version(wanted: bool) -> None:

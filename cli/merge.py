@@ -35,6 +35,14 @@ RecipeName = Annotated[str, typer.Option("--recipe", help="A recipe's name (see 
 Overrides = Annotated[
     list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change a recipe's value: router.ffn.top_k=2.")
 ]
+Weights = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--weights",
+        metavar="NAME=SHARE ...",
+        help="Each seed's share in whatever the recipe averages; else equal ones.",
+    ),
+]
 Dtype = Annotated[
     Literal["bf16", "fp16", "fp32"] | None, typer.Option(help="Convert every tensor; else the seeds' own.")
 ]
@@ -70,6 +78,7 @@ def merge(
     out: Annotated[Path | None, typer.Option(help="Folder to make.", show_default="RECIPE-Nx")] = None,
     dtype: Dtype = None,
     overrides: Overrides = None,
+    weights: Weights = None,
     num_experts: NumExperts = None,
     format: Format = "auto",
     random_seed: RandomSeed = 0,
@@ -99,6 +108,7 @@ def merge(
         seeds,
         recipe,
         overrides or [],
+        weights or [],
         dtype,
         num_experts,
         random_seed,
@@ -154,6 +164,7 @@ def read_merge(
     seeds: list[str],
     recipe: str,
     overrides: list[str],
+    weights: list[str],
     dtype: str | None,
     num_experts: int | None,
     random_seed: int,
@@ -168,7 +179,7 @@ def read_merge(
     from upcycle.seeds import read_seeds
     from upcycle.vocabulary import align
 
-    loaded = load_recipe(recipe, overrides)
+    loaded = load_recipe(recipe, overrides, weights)
     read = read_seeds(seeds, align_vocab)
     alignment = align(read) if align_vocab else None
     make = partial(

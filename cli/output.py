@@ -114,14 +114,14 @@ def width() -> int:
 
 
 def entries(rows: Sequence[tuple[str, str]]) -> None:
-    """Names and what they are, one beside the other, on stdout."""
+    """Names and what they are, one beside the other, each with an empty line below, on stdout."""
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
-    grid = Table.grid(padding=(0, 3, 1, 0))
+    grid = Table.grid(padding=(0, 3, 0, 0))
     for name, text in rows:
-        grid.add_row(Text(name, style="bold"), Text(text))
+        grid.add_row(Text(printable(name), style="bold"), Text(f"{printable(text)}\n"))
     Console().print(grid)
 
 

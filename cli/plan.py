@@ -19,6 +19,7 @@ from .merge import (
     Overrides,
     RecipeName,
     Unrelated,
+    Weights,
     parse_size,
     read_merge,
     show_plan,
@@ -39,6 +40,7 @@ def plan(
     num_experts: NumExperts = None,
     format: Format = "auto",
     overrides: Overrides = None,
+    weights: Weights = None,
     dtype: Dtype = None,
     context: Annotated[
         int, typer.Option(min=1, max=2**31, help="Tokens of context at which FLOPs are counted.")
@@ -69,9 +71,21 @@ def plan(
         raise typer.BadParameter("--batch-size and --sequence-length are those of a training; give --gpus, too")
     if seeds and gpus:
         raise typer.BadParameter("--gpus needs --config; give the config.json of one of the seeds")
+    if weights and config:
+        raise typer.BadParameter("--weights are shares of seeds, which change no cost; leave them out with --config")
     if seeds:
         made = read_merge(
-            seeds, recipe, overrides or [], dtype, num_experts, 0, allow_unrelated, format, align_vocab, chat_template
+            seeds,
+            recipe,
+            overrides or [],
+            weights or [],
+            dtype,
+            num_experts,
+            0,
+            allow_unrelated,
+            format,
+            align_vocab,
+            chat_template,
         )
         wants_text = made.recipe.from_text() or made.recipe.prompts
         planned = made.plan(made.seeds, text={} if wants_text else None)

@@ -28,6 +28,7 @@ PAPER = Path(__file__).parent / "data" / "paper_small.json"
         ("merge --seeds a b c --recipe bam", "merge --seeds a --seeds b --seeds c --recipe bam"),
         ("merge --recipe bam --seeds a b", "merge --recipe bam --seeds a --seeds b"),
         ("merge --seeds=a b --json", "merge --seeds=a --seeds b --json"),
+        ("plan --weights a=1 b=2 --json", "plan --weights a=1 --weights b=2 --json"),
         ("plan --seeds a -- b", "plan --seeds a b"),
         ("merge --seeds --json", "merge --seeds --json"),
         ("merge --set a=1 b=2 --seeds x=y z", "merge --set a=1 --set b=2 --seeds x=y --seeds z"),

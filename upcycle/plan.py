@@ -20,7 +20,7 @@ from upcycle.native import NATIVE, NativeClass, native_config, native_misfit
 from upcycle.numeric import Array
 from upcycle.planned import PlannedTensor, Source
 from upcycle.planner import Planner
-from upcycle.recipe import SEED_PREFIX, WEIGHTED, Recipe, mixed_layers
+from upcycle.recipe import SEED_PREFIX, Recipe, mixed_layers
 from upcycle.recipe_file import MAX_EXPERTS
 from upcycle.seeds import Seed, adapter_record, check_tensors, read_license
 from upcycle.version import __version__
@@ -325,13 +325,16 @@ def _check_names(recipe: Recipe, seeds: Sequence[Seed]) -> None:
     wanted |= {*recipe.weights, *recipe.ffn_router.bias}
     for name in sorted(wanted):
         if name not in names:
+            by = "its weights speak" if name in recipe.weights else "it speaks"
             raise RecipeError(
-                f"recipe '{recipe.name}' speaks of seed '{name}', which is not given{did_you_mean(name, names)}"
+                f"recipe '{recipe.name}': {by} of seed '{name}', which is not given{did_you_mean(name, names)}"
             )
-    if WEIGHTED in recipe.mix.values():
-        for name in names:
-            if name not in recipe.weights:
-                raise RecipeError(f"recipe '{recipe.name}': [weights] gives seed '{name}' no share; add {name} = 1")
+    for name in names if recipe.weights else ():
+        if name not in recipe.weights:
+            raise RecipeError(
+                f"recipe '{recipe.name}': its weights give seed '{name}' no share; add one, {name} = 1 in [weights] or "
+                f"--weights … {name}=1"
+            )
 
 
 def _check_dtypes(seeds: Sequence[Seed], dense: Mapping[str, tuple[int, ...]], dtype: str | None) -> None:

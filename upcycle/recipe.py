@@ -77,8 +77,9 @@ class Experts:
     Attributes:
         granularity: G; each FFN is split by its inner units into G experts, whose router rows are equal, so that a
             token takes all G or none, and whose outputs are scaled by G (virtual groups, arXiv:2410.07524).
-        extra: so many further experts, all `extra_from`, "ancestor", "mean" or "seed:NAME" (arXiv:2408.08274, table 4).
-        shared: FFNs that every token uses beside the routed ones, each "ancestor", "mean" or "seed:NAME".
+        extra: so many further experts, all `extra_from`, "ancestor", "mean", "weighted" or "seed:NAME"
+            (arXiv:2408.08274, table 4).
+        shared: FFNs that every token uses beside the routed ones, each one of these.
         shared_weight: the share of all of them in the output; the routed experts have the rest, so that equal FFNs
             give what one of them gives.
         noise: each expert's weights get normal noise of so many times their own standard deviation.
@@ -99,9 +100,10 @@ class Experts:
 class Recipe:
     """How each role is mixed.
 
-    `mix` holds every role of `ROLES`; `weights` the share of each seed, by name, where a role is `weighted`; `prompts`
-    text for each seed's expert, by name, where no other is given; `copies` means one seed, copied to every expert;
-    `layers` says which layers get experts ("all", "every 2", "0-3, 8-"), the others are mixed as their norms are.
+    `mix` holds every role of `ROLES`; `weights` the share of each seed, by name, where a role is `weighted`, or `usage`
+    and there is no text; `prompts` text for each seed's expert, by name, where no other is given; `copies` means one
+    seed, copied to every expert; `layers` says which layers get experts ("all", "every 2", "0-3, 8-"), the others are
+    mixed as their norms are.
     """
 
     name: str
@@ -147,6 +149,12 @@ class Recipe:
         """How many FFN experts a token uses."""
         return self.ffn_router.top_k * self.experts.granularity
 
+    @property
+    def ways(self) -> tuple[str, ...]:
+        """Every way to mix that it uses: of its roles, its shared experts and its extra ones."""
+        experts = self.experts
+        return (*self.mix.values(), *experts.shared, *((experts.extra_from,) if experts.extra else ()))
+
     def resolved(self) -> dict[str, Any]:
         """The recipe as it acts, for `upcycle.json`: defaults filled in, routers and losses where there are any."""
         result: dict[str, Any] = {
@@ -185,11 +193,39 @@ class Recipe:
         """Those of its routers that are initialised from text."""
         return {kind: router for kind, router in self.routers().items() if router.init in FROM_TEXT}
 
+    def weighted_by(self, weights: Mapping[str, float]) -> "Recipe":
+        """It with these shares of the seeds, by name, in whatever it averages: `mean` becomes `weighted`.
+
+        What is mixed by `usage` stays so, and falls back to these shares where there is no text.
+
+        Raises:
+            RecipeError: it averages nothing.
+        """
+        if self.copies:
+            raise RecipeError(f"recipe '{self.name}' copies one seed, so nothing is averaged; leave out --weights")
+
+        def weighted(way: str) -> str:
+            return WEIGHTED if way == MEAN else way
+
+        experts = replace(
+            self.experts,
+            shared=tuple(weighted(way) for way in self.experts.shared),
+            extra_from=weighted(self.experts.extra_from) if self.experts.extra else self.experts.extra_from,
+        )
+        mix = {role: weighted(way) for role, way in self.mix.items()}
+        made = replace(self, mix=mix, experts=experts, weights=dict(weights))
+        if not {WEIGHTED, USAGE} & {*made.ways}:
+            ways = ", ".join(sorted({*made.ways}))
+            raise RecipeError(
+                f"recipe '{self.name}' averages nothing (its roles are mixed by {ways}); leave out --weights"
+            )
+        return made
+
     def settled(self, has_text: bool) -> "Recipe":
         """What it means where the merge has text for every expert, or has none.
 
         With text, random routers are fitted to it, unless the recipe says of another router that text initialises it;
-        without, what is mixed by `usage` is averaged.
+        without, what is mixed by `usage` is averaged, by `weights` where there are some.
 
         Raises:
             RecipeError: text without a use, or a router that needs text where there is none.
@@ -201,7 +237,8 @@ class Recipe:
                     f"recipe '{self.name}': [router.{kind}] init is '{router.init}', which needs text for each expert; "
                     "give --router-data NAME=FILE …, or [prompts] in the recipe"
                 )
-            return replace(self, mix={role: MEAN if mix == USAGE else mix for role, mix in self.mix.items()})
+            average = WEIGHTED if self.weights else MEAN
+            return replace(self, mix={role: average if mix == USAGE else mix for role, mix in self.mix.items()})
         if not self.ffn_experts or self.copies:
             why = "makes all experts of one seed" if self.copies else "makes no experts"
             raise RecipeError(f"recipe '{self.name}' {why}, so text cannot tell them apart; leave out --router-data")

@@ -29,6 +29,9 @@ from upcycle.recipe import (
 MAX_RECIPE: Final = 100_000  # bytes
 MAX_EXPERTS: Final = 1024  # of any kind
 MAX_LAYERS: Final = 4096
+# What stands at the top of a file, and its tables.
+SCALARS: Final[Mapping[str, type]] = {"summary": str, "paper": str, "needs": str, "example": str, "copies": bool}
+SECTIONS: Final = ("mix", "layers", "experts", "weights", "prompts", "router", "loss")
 _Section = TypeVar("_Section", FfnRouter, AttentionRouter, Loss, Experts)
 
 
@@ -39,25 +42,51 @@ def builtin_recipes() -> dict[str, Recipe]:
     return {name: load_recipe(name) for name in names}
 
 
-def load_recipe(name: str, overrides: Iterable[str] = ()) -> Recipe:
-    """Read a recipe by name or from a `.toml` file, then apply `key=value` overrides (`router.ffn.top_k=2`)."""
+def load_recipe(name: str, overrides: Iterable[str] = (), weights: Iterable[str] = ()) -> Recipe:
+    """Read a recipe by name or from a `.toml` file, then apply `key=value` overrides (`router.ffn.top_k=2`), and the
+    shares `seed=share` that `--weights` gives.
+
+    Raises:
+        RecipeError: it cannot be read, or is none; an override or a share that cannot be.
+    """
     table = _read_table(name)
     for override in overrides:
         _override(table, override)
-    return parse_recipe(Path(name).stem if name.endswith(".toml") else name, table)
+    return parse_recipe(Path(name).stem if name.endswith(".toml") else name, table, parse_weights(weights))
 
 
-def parse_recipe(name: str, table: Mapping[str, Any]) -> Recipe:
-    """Check a recipe's table and turn it into a `Recipe`.
+def parse_weights(words: Iterable[str]) -> dict[str, float]:
+    """`code=2 law=1` by name.
+
+    Raises:
+        RecipeError: no such pair, a name that stands twice, a share that is no number of 0 or more, all of them 0.
+    """
+    weights: dict[str, float] = {}
+    for word in words:
+        name, _, share = word.partition("=")
+        try:
+            weight = float(share)
+        except ValueError:
+            name = ""
+        if not name:
+            raise RecipeError(
+                f"--weights {word[:80]}: expected NAME=SHARE, a seed and a number: --weights code=2 law=1"
+            )
+        if name in weights:
+            raise RecipeError(f"--weights: seed '{name[:80]}' has two shares; give it one")
+        weights[name] = weight
+    return _parse_weights("--weights", weights)
+
+
+def parse_recipe(name: str, table: Mapping[str, Any], weights: Mapping[str, float] | None = None) -> Recipe:
+    """Check a recipe's table and turn it into a `Recipe`; `weights` are shares given beside it (`Recipe.weighted_by`).
 
     Raises:
         RecipeError: an unknown key (the nearest right one is named), a wrong type, or a combination that cannot be.
     """
     where = f"recipe '{name}'"
-    scalars = {"summary": str, "paper": str, "needs": str, "example": str, "copies": bool}
-    sections = ("mix", "layers", "experts", "weights", "prompts", "router", "loss")
-    _check_keys(where, table, (*scalars, *sections))
-    values = {key: _typed(where, key, table[key], kind) for key, kind in scalars.items() if key in table}
+    _check_keys(where, table, (*SCALARS, *SECTIONS))
+    values = {key: _typed(where, key, table[key], kind) for key, kind in SCALARS.items() if key in table}
     if "summary" not in values:
         raise RecipeError(f"{where}: 'summary' is missing; say in one sentence what the recipe does")
     routers = _table(where, "router", table)
@@ -78,10 +107,12 @@ def parse_recipe(name: str, table: Mapping[str, Any]) -> Recipe:
         loss=_section(f"{where}, [loss]", Loss(), _table(where, "loss", table)),
         **values,
     )
+    if weights:
+        recipe = recipe.weighted_by(weights)
     _check_combination(where, recipe)
     _check_routers(where, recipe)
     _check_experts(where, recipe)
-    _check_used(where, recipe.mix, {*table, *(f"router.{kind}" for kind in routers)})
+    _check_used(where, recipe, {*table, *(f"router.{kind}" for kind in routers)})
     return recipe
 
 
@@ -147,13 +178,14 @@ def _parse_mix(where: str, table: Mapping[str, Any]) -> dict[str, str]:
     return {role: flat.get(role, default) for role in ROLES}
 
 
-def _check_used(where: str, mix: Mapping[str, str], sections: set[str]) -> None:
+def _check_used(where: str, recipe: Recipe, sections: set[str]) -> None:
     """Refuse sections that nothing reads, so that no option is without effect."""
+    mix = recipe.mix
     read = {
         "router.ffn": mix["ffn"] == EXPERTS,
         "router.attention": mix["attention.query"] == EXPERTS,
         "loss": mix["ffn"] == EXPERTS,
-        "weights": WEIGHTED in mix.values(),
+        "weights": WEIGHTED in recipe.ways or USAGE in mix.values(),
         "prompts": mix["ffn"] == EXPERTS,
         "experts": mix["ffn"] == EXPERTS,
         "layers": mix["ffn"] == EXPERTS,
@@ -212,7 +244,7 @@ def _check_combination(where: str, recipe: Recipe) -> None:
         raise RecipeError(f"{where}, [mix]: attention experts need ffn = 'experts' beside them (BAM mixes both)")
     if recipe.copies and not recipe.ffn_experts:
         raise RecipeError(f"{where}: copies = true copies a seed into experts, but ffn = '{mix['ffn']}'")
-    if WEIGHTED in mix.values() and not recipe.weights:
+    if WEIGHTED in recipe.ways and not recipe.weights:
         raise RecipeError(
             f"{where}: a role is 'weighted' but [weights] is missing; give each seed a share, code = 2, here or by "
             "--weights code=2 law=1"
@@ -254,9 +286,15 @@ def _check_experts(where: str, recipe: Recipe) -> None:
             raise RecipeError(f"{where}: {key} is {getattr(experts, key)}, expected {low} to {high}")
     for key, ways in (("extra_from", [experts.extra_from]), ("shared", experts.shared)):
         for way in ways:
-            if way not in (ANCESTOR, MEAN) and not way.startswith(SEED_PREFIX):
-                hint = did_you_mean(way[:80], (ANCESTOR, MEAN, "seed:<name>"))
-                raise RecipeError(f"{where}: {key} has {way[:80]!r}{hint}; expected ancestor, mean or seed:<name>")
+            if way not in (ANCESTOR, MEAN, WEIGHTED) and not way.startswith(SEED_PREFIX):
+                hint = did_you_mean(way[:80], (ANCESTOR, MEAN, WEIGHTED, "seed:<name>"))
+                expected = "expected ancestor, mean, weighted or seed:<name>"
+                raise RecipeError(f"{where}: {key} has {way[:80]!r}{hint}; {expected}")
+    if experts.granularity > 1 and recipe.ffn_router.init == "zeros":
+        raise RecipeError(
+            f"{where}: granularity is {experts.granularity} and [router.ffn] init is 'zeros': all gates tie, so the "
+            "top-k would take parts of several FFNs instead of whole ones; take init = 'random'"
+        )
     if not 0 < experts.shared_weight < 1:
         raise RecipeError(f"{where}: shared_weight is {experts.shared_weight}, expected between 0 and 1")
     if not 0 <= experts.noise <= 10:

@@ -1,5 +1,6 @@
 """What a model costs: parameters, FLOPs, bytes, cache. Counted from layouts, so no weights are needed."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
@@ -110,7 +111,23 @@ def config_cost(
         RecipeError: no number of experts, or a recipe that cannot serve the family.
         SeedError, CheckpointError: a config that cannot be read.
     """
-    config, layout = _config_layout(recipe, config_file, num_experts, format)
+    return estimate(
+        recipe, read_json(config_file), str(config_file), num_experts, dtype, max_shard_size, context, format
+    )
+
+
+def estimate(
+    recipe: Recipe,
+    config: Mapping[str, Any],
+    where: str,
+    num_experts: int | None,
+    dtype: str | None = None,
+    max_shard_size: int = MAX_SHARD_SIZE,
+    context: int = DEFAULT_CONTEXT,
+    format: str = "auto",
+) -> Estimate:
+    """`config_cost` of a config.json that is read already; `where` names it in messages."""
+    layout = _config_layout(recipe, config, where, num_experts, format)
     written = dtype or _dtype_of(config)
     return Estimate(
         format="native" if layout.native else "bam" if recipe.ffn_experts else "dense",
@@ -127,16 +144,15 @@ def config_cost(
 
 
 def _config_layout(
-    recipe: Recipe, config_file: Path, num_experts: int | None, format: str
-) -> tuple[dict[str, Any], Layout]:
-    """A config.json, and the layout of mixing models of it."""
-    config = read_json(config_file)
-    model = read_dense(config, str(config_file))
+    recipe: Recipe, config: Mapping[str, Any], where: str, num_experts: int | None, format: str
+) -> Layout:
+    """The layout of mixing models of a config.json."""
+    model = read_dense(config, where)
     if num_experts is None or num_experts < 2:
         raise RecipeError(f"--config needs --num-experts, 2 or more; found {num_experts}")
     check_recipe(recipe, model, num_experts)
-    native, _ = choose_format(recipe, model, format, from_text=False)
-    return config, make_layout(model, recipe, num_experts, native)
+    native, _ = choose_format(recipe, model, format, from_text=bool(recipe.from_text()))
+    return make_layout(model, recipe, num_experts, native)
 
 
 @dataclass(frozen=True)
@@ -174,7 +190,8 @@ def config_training(
     Raises:
         RecipeError, SeedError, CheckpointError: as `config_cost`.
     """
-    _, layout = _config_layout(recipe, config_file, num_experts, "bam" if recipe.ffn_experts else "auto")
+    config = read_json(config_file)
+    layout = _config_layout(recipe, config, str(config_file), num_experts, "bam" if recipe.ffn_experts else "auto")
     parameters = sum(tensor.size for tensor in layout.mixture)
     padded = gpus * sum(held(tensor, tensor.size, gpus) for tensor in layout.mixture)
 
@@ -206,6 +223,6 @@ def config_training(
     )
 
 
-def _dtype_of(config: dict[str, object]) -> str:
+def _dtype_of(config: Mapping[str, Any]) -> str:
     name = config.get("dtype") or config.get("torch_dtype")
     return next((key for key, value in TORCH_NAMES.items() if value == name), "BF16")
