@@ -201,7 +201,6 @@ def test_a_recipe_of_ones_own(tmp_path):
         ("sumary=x", "did you mean 'summary'"),
         ("router=1", "expected a table"),
         ("layers=1", "expected a table"),
-        ("layers.mix=2", "expected text"),
         ("layers.mix=odd", 'expected "all", "every 2" or like "0-3, 6, 8-"'),
         ("layers.mix=3-2", "there are the layers"),
         ("top_k", "expected key=value"),
