@@ -1,4 +1,4 @@
-"""Native results: each class computes what the seeds do, reads the config that is written, and refuses what it cannot hold."""
+"""Native results: each class computes what the seeds do, reads the config as it is meant, or is refused with why."""
 
 import json
 import shutil
@@ -7,8 +7,10 @@ from dataclasses import replace
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, AutoModelForCausalLM
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from tests.conftest import run_cli
 from tests.test_package import ROOT, fresh_environment, run
@@ -40,6 +42,7 @@ WITH_DEFAULTS = {
     "cohere2": {"tie_word_embeddings": True, "layer_types": None, "logit_scale": 0.0625},
     "granite": {"logits_scaling": 1.0},
 }
+TEXT = "def main():\n\n\n    return  1234\n\n\n\n"
 IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
@@ -214,7 +217,7 @@ def test_what_no_class_computes_is_refused_and_auto_says_why(why, tmp_path):
     name, recipe, overrides, reason = REFUSED[why]
     paths = make_seeds(BY_NAME[name], tmp_path)
     text = {"tokens": {}} if why == "scale" else None
-    with pytest.raises(RecipeError, match="^--format native: ") as refusal:
+    with pytest.raises(RecipeError, match=r"^--format native: ") as refusal:
         make_plan(paths, recipe, *overrides, text=text)
     assert reason in str(refusal.value)
     plan = make_plan(paths, recipe, *overrides, format="auto", text=text)
@@ -236,6 +239,61 @@ def test_the_command_line_says_why(seeds, tmp_path):
     assert f"Why BAM's format and no class of transformers' own: {reason}." in merged.stdout
     said = json.loads(run_cli("plan", "--seeds", *seeds, "--recipe", "btx", "--json").stdout)
     assert (said["format"], said["native_misfit"], said["model_type"]) == ("native", None, "mixtral")
+
+
+def with_tokenizer(folder, tokenizer_class):
+    """A tokenizer that splits digits, and marks words' beginnings as Llama 2 does or bytes as later ones do."""
+    tokenizer = Tokenizer(models.BPE(byte_fallback=True, unk_token="<s>"))
+    byte_level = [pre_tokenizers.Digits(True), pre_tokenizers.ByteLevel(False)]
+    if tokenizer_class == "LlamaTokenizer":
+        tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    else:
+        tokenizer.pre_tokenizer = pre_tokenizers.Sequence(byte_level)
+        tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(vocab_size=VOCAB, special_tokens=["<s>", "</s>"], show_progress=False)
+    tokenizer.train_from_iterator([TEXT] * 9, trainer)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    table = {"tokenizer_class": tokenizer_class, "bos_token": "<s>", "eos_token": "</s>", "model_max_length": 64}
+    (folder / "tokenizer_config.json").write_text(json.dumps(table))
+
+
+TOKENIZERS = [
+    *((case, kind) for case in CASES for kind in ("TokenizersBackend", "PreTrainedTokenizerFast")),
+    *((case, kind) for case in CASES[1:] for kind in ("GPT2Tokenizer", "LlamaTokenizerFast")),
+    *((case, "Qwen2Tokenizer") for case in CASES if case.name.startswith("qwen")),
+    (CASES[-1], "CohereTokenizerFast"),
+]
+
+
+@pytest.mark.parametrize(("case", "kind"), TOKENIZERS, ids=lambda value: getattr(value, "name", str(value)))
+def test_a_native_result_tokenizes_like_its_seed(case, kind, tmp_path):
+    """AutoTokenizer chooses by model type; and transformers 4 knows no TokenizersBackend."""
+    seed = make_seed(case, tmp_path / "seed", 0)
+    with_tokenizer(seed, kind)
+    plan = make_plan([seed], "sparse-upcycling", copies=2)
+    merge(plan, tmp_path / "out")
+    dense, mixture = (AutoTokenizer.from_pretrained(folder) for folder in (seed, tmp_path / "out"))
+    for text in (TEXT, "a</s> b", "  two", "é 12e\u0301"):
+        assert mixture(text)["input_ids"] == dense(text)["input_ids"]
+    assert plan.notes == ()
+    assert (
+        json.loads((tmp_path / "out" / "tokenizer_config.json").read_text())["tokenizer_class"] != "TokenizersBackend"
+    )
+
+
+@pytest.mark.parametrize("kind", ["LlamaTokenizer", "GPT2Tokenizer"])
+def test_a_llama_whose_tokenizer_transformers_rebuilds(kind, tmp_path):
+    """AutoTokenizer rebuilds it for the seed alone, which is said; by its class both are the same."""
+    seed, out = make_seed(BY_NAME["llama"], tmp_path / "seed", 0), tmp_path / "out"
+    with_tokenizer(seed, kind)
+    said = run_cli("merge", "--seeds", seed, "--recipe", "sparse-upcycling", "--num-experts", 2, "--out", out)
+    assert f"{kind}.from_pretrained gives theirs" in said.stderr.replace("\n", " ")
+    text = "  two</s>12 b"
+    dense, mixture = (AutoTokenizer.from_pretrained(folder)(text)["input_ids"] for folder in (seed, out))
+    assert dense != mixture
+    assert getattr(transformers, kind).from_pretrained(out)(text)["input_ids"] == dense
+    merge(make_plan([seed], "sparse-upcycling", copies=2, format="bam"), tmp_path / "bam")
+    assert AutoTokenizer.from_pretrained(tmp_path / "bam", trust_remote_code=True)(text)["input_ids"] == dense
 
 
 @each_class
