@@ -144,7 +144,7 @@ def tokenizer_note(seed: Seed) -> str | None:
     if named == "LlamaTokenizer" and '"ByteLevel"' in file.read_text(encoding="utf-8", errors="replace"):
         return None
     return (
-        "AutoTokenizer of transformers 5 makes a Llama's tokenizer by its class, but reads a Mixtral's tokenizer.json as "
-        f"it is: spaces, digits and special tokens may become other tokens than the seeds'; {named}.from_pretrained gives "
-        "theirs (docs/native-formats.md)"
+        "AutoTokenizer of transformers 5 makes a Llama's tokenizer by its class, but reads a Mixtral's tokenizer.json "
+        "as it is: spaces, digits and special tokens may become other tokens than the seeds'; "
+        f"{named}.from_pretrained gives theirs (docs/native-formats.md)"
     )
