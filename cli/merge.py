@@ -287,6 +287,8 @@ def run(
         except KeyboardInterrupt:
             output.note(f"the same command goes on from what was written, in {partial_folder(out)}")
             raise
+    for note in plan.notes:
+        output.note(note)
     if as_json:
         about = {**output.result_object(plan, out, result.bytes_written, result.seconds), **asdict(cost)}
         if routers:

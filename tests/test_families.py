@@ -5,7 +5,10 @@ import dataclasses
 import pytest
 from transformers import AutoConfig, PretrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-from transformers.models.auto.tokenization_auto import TOKENIZER_MAPPING_NAMES
+from transformers.models.auto.tokenization_auto import (
+    MODELS_WITH_INCORRECT_HUB_TOKENIZER_CLASS,
+    TOKENIZER_MAPPING_NAMES,
+)
 
 from tests.tiny import CASES, dense_config
 from upcycle.dense_config import differences, read_dense
@@ -44,6 +47,9 @@ def test_the_families_whose_tokenizer_is_read_as_it_is(model_type):
     """AutoTokenizer maps these model types to no class of their own."""
     plain = TOKENIZER_MAPPING_NAMES.get(model_type) in ("TokenizersBackend", "PreTrainedTokenizerFast")
     assert FAMILIES[model_type].plain_tokenizer == plain or model_type == "mistral"
+    imposed = TOKENIZER_MAPPING_NAMES.get(model_type) if not plain else None  # whatever class is named
+    own = imposed if model_type in MODELS_WITH_INCORRECT_HUB_TOKENIZER_CLASS else None
+    assert FAMILIES[model_type].tokenizer == (own or "")
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)

@@ -218,7 +218,8 @@ def test_the_average_is_a_dense_model(seeds, tmp_path):
             for kind in ("GPT2", "Llama")
         ),
         ("llama", "PreTrainedTokenizerFast"),
-        ("qwen2", "Qwen2Tokenizer"),
+        *(("qwen2", f"{kind}Tokenizer") for kind in ("Qwen2", "GPT2", "Llama")),
+        ("qwen2", "PreTrainedTokenizerFast"),
         ("starcoder2", "GPT2Tokenizer"),
         ("gpt_neox", "GPTNeoXTokenizer"),
     ],

@@ -4,13 +4,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
-from upcycle.checkpoint import COPIED_FILES, MODELING_FILES, TOKENIZER_CONFIG, read_json
+from upcycle.checkpoint import COPIED_FILES, MAX_JSON, MODELING_FILES, TOKENIZER_CONFIG, read_json
 from upcycle.layout import Layout
 from upcycle.numeric import TORCH_NAMES
 from upcycle.recipe import Recipe
 from upcycle.seeds import Seed
 
 FORMAT_VERSION: Final = 1
+PLAIN: Final = "PreTrainedTokenizerFast"  # which reads tokenizer.json as it is
 
 
 def bam_config(
@@ -107,16 +108,43 @@ def copied_files(folder: Path, with_code: bool) -> dict[str, Path]:
     return files
 
 
-def plain_tokenizer_config(seed: Seed) -> dict[str, Any] | None:
+def tokenizer_config(seed: Seed, native: bool) -> dict[str, Any] | None:
     """The tokenizer_config.json with which a mixture tokenizes like its seed, where a copy would not.
 
     AutoTokenizer takes tokenizer.json of some model types as it is and ignores the class that tokenizer_config.json
-    names. The mixture has another model type, for which the named class would be taken and rebuild parts of it.
+    names, and takes Qwen2Tokenizer for Qwen2 whatever is named. The mixture has another model type, for which the named
+    class would be taken. A native one is read by transformers 4 too, which does not know TokenizersBackend.
     """
-    path = seed.folder / TOKENIZER_CONFIG
-    if not seed.model.family.plain_tokenizer or not path.is_file() or not (seed.folder / "tokenizer.json").is_file():
+    path, family = seed.folder / TOKENIZER_CONFIG, seed.model.family
+    if not path.is_file() or not (seed.folder / "tokenizer.json").is_file():
         return None
     table = read_json(path)
-    if table.get("tokenizer_class") in (None, "PreTrainedTokenizerFast", "TokenizersBackend"):
+    named = table.get("tokenizer_class")
+    wanted = named
+    if native and named == "TokenizersBackend":
+        wanted = PLAIN
+    if not native and family.plain_tokenizer and named not in (None, "TokenizersBackend"):
+        wanted = PLAIN
+    if family.tokenizer and named not in (family.tokenizer, f"{family.tokenizer}Fast"):
+        wanted = family.tokenizer
+    return None if wanted == named else {**table, "tokenizer_class": wanted}
+
+
+def tokenizer_note(seed: Seed) -> str | None:
+    """What must be said of a native mixture that transformers 5 tokenizes otherwise than its seed.
+
+    It makes a Llama's tokenizer by the class that is named, and reads a Mixtral's tokenizer.json as it is.
+    """
+    path, file = seed.folder / TOKENIZER_CONFIG, seed.folder / "tokenizer.json"
+    if seed.model.model_type != "llama" or not (path.is_file() and file.is_file()) or file.stat().st_size > MAX_JSON:
         return None
-    return {**table, "tokenizer_class": "PreTrainedTokenizerFast"}
+    named = str(read_json(path).get("tokenizer_class", PLAIN)).removesuffix("Fast")
+    if named in (PLAIN.removesuffix("Fast"), "TokenizersBackend"):
+        return None
+    if named == "LlamaTokenizer" and '"ByteLevel"' in file.read_text(encoding="utf-8", errors="replace"):
+        return None
+    return (
+        "AutoTokenizer of transformers 5 makes a Llama's tokenizer by its class, but reads a Mixtral's tokenizer.json "
+        "as it is: spaces, digits and special tokens may become other tokens than the seeds'; "
+        f"{named}.from_pretrained gives theirs (docs/native-formats.md)"
+    )

@@ -38,6 +38,7 @@ class Family:
         sliding_every: layer i is sliding unless (i + 1) is a multiple of this (Gemma, Cohere2), 0 for other rules.
         plain_tokenizer: transformers reads tokenizer.json of this model type as it is, whatever tokenizer class
             tokenizer_config.json names; for other types the named class may rebuild parts of it.
+        tokenizer: the class that transformers takes for this model type whatever is named, where it does.
         native: model type of transformers' mixture class whose layers are the family's (`native.py`), if there is one.
         token_ids: what transformers assumes for bos, eos and pad where a config leaves them out.
         dropped: endings of tensor names that old checkpoints hold and no model reads (buffers).
@@ -69,6 +70,7 @@ class Family:
     partial_rotary_factor: float | None = None
     sliding_every: int = 0
     plain_tokenizer: bool = False
+    tokenizer: str = ""
     native: str = ""
     token_ids: tuple[int | None, int | None, int | None] = (None, None, None)
     dropped: tuple[str, ...] = ("rotary_emb.inv_freq",)
@@ -166,7 +168,9 @@ FAMILIES: Final[Mapping[str, Family]] = {
             "sliding_window": 4096,
         },
     ),
-    "qwen2": Family(architecture="Qwen2ForCausalLM", native="qwen2_moe", defaults=_QWEN, qkv_bias=True),
+    "qwen2": Family(
+        architecture="Qwen2ForCausalLM", native="qwen2_moe", tokenizer="Qwen2Tokenizer", defaults=_QWEN, qkv_bias=True
+    ),
     "qwen3": Family(
         architecture="Qwen3ForCausalLM",
         native="qwen3_moe",

@@ -1,7 +1,8 @@
 """transformers' own mixture classes: which families they fit, how they name what they hold, and their config.json.
 
 A class fits where it computes exactly what the recipe says. Names are those of published checkpoints, which older and
-newer versions of transformers and other engines read; the config is in transformers 4's spelling, which 5 reads too.
+newer versions of transformers and other engines read; the config is in transformers 4's spelling, which 5 reads too,
+but for rotary positions of a class that only 5 has.
 """
 
 from collections.abc import Mapping
@@ -42,6 +43,7 @@ class NativeClass:
         head_dim: whether a head's size may be another than the hidden size over the number of heads.
         gated_shared: the class has one shared expert, behind a sigmoid of its own, and cannot be without it.
         dense_layers: whether some layers may have no experts (`mlp_only_layers`).
+        rope_parameters: the class reads scaled rotary positions in transformers 5's spelling alone.
     """
 
     architecture: str
@@ -57,6 +59,7 @@ class NativeClass:
     head_dim: bool = False
     gated_shared: bool = False
     dense_layers: bool = False
+    rope_parameters: bool = False
 
 
 _NO_BIASES: Final = {"attention_bias": False, "mlp_bias": False}
@@ -109,6 +112,7 @@ NATIVE: Final[Mapping[str, NativeClass]] = {
         carries=("attention_bias", "sliding_window", "layer_types"),
         adds={"expert_selection_fn": "softmax", "norm_topk_prob": True, "num_shared_experts": 0},
         head_dim=True,
+        rope_parameters=True,
     ),
 }
 
@@ -163,8 +167,6 @@ def native_config(
     carried |= {key: values[key] for key in native.carries if key in values}
     ids = dict(zip(("bos_token_id", "eos_token_id", "pad_token_id"), model.family.token_ids, strict=True))
     ids = {key: config.get(key, default) for key, default in ids.items()}
-    rope = dict(values["rope"])
-    theta = rope.pop("rope_theta")
     inner = {"intermediate_size": sizes.inner} | {native.inner: sizes.inner // recipe.experts.granularity}
     written = {
         "model_type": model.family.native,
@@ -176,8 +178,7 @@ def native_config(
         **{key: config[key] for key in ("initializer_range", "use_cache") if key in config},
         **({"head_dim": sizes.head_dim} if native.head_dim else {}),
         "num_key_value_heads": sizes.key_value_heads,
-        "rope_theta": theta,
-        "rope_scaling": None if rope["rope_type"] == "default" else rope,
+        **_rope(native, values["rope"]),
         native.count: recipe.ffn_count(num_experts),
         "num_experts_per_tok": recipe.ffn_active,
         "output_router_logits": False,
@@ -192,3 +193,10 @@ def native_config(
         mixed = mixed_layers(recipe.layers, sizes.layers)
         written["mlp_only_layers"] = [layer for layer in range(sizes.layers) if layer not in mixed]
     return written
+
+
+def _rope(native: NativeClass, rope: Mapping[str, Any]) -> dict[str, Any]:
+    if native.rope_parameters:
+        return {"rope_parameters": dict(rope)}
+    scaling = {key: value for key, value in rope.items() if key != "rope_theta"}
+    return {"rope_theta": rope["rope_theta"], "rope_scaling": None if rope["rope_type"] == "default" else scaling}

@@ -11,7 +11,7 @@ from typing import Any, Final
 from upcycle.ancestry import check_related, find_ancestor, fingerprint, sample
 from upcycle.chat_template import take_template
 from upcycle.checkpoint import TensorInfo
-from upcycle.companions import bam_config, copied_files, dense_config, plain_tokenizer_config
+from upcycle.companions import bam_config, copied_files, dense_config, tokenizer_config, tokenizer_note
 from upcycle.dense_config import DenseModel
 from upcycle.errors import RecipeError, SeedError, did_you_mean
 from upcycle.layout import Layout, make_layout
@@ -65,6 +65,7 @@ class MergePlan:
             a plan is made again without the text.
         copied: files taken over byte for byte, by the output's name.
         tokenizer_config: the output's tokenizer_config.json where it must differ from the seed's, else None.
+        notes: sentences for whoever merges.
         added_tokens: what the output's tokenizer has beyond the first seed's, as its tokenizer.json lists it.
     """
 
@@ -81,6 +82,7 @@ class MergePlan:
     recipe: Recipe
     usage: Array | None = None
     native_misfit: str | None = None
+    notes: tuple[str, ...] = ()
     added_tokens: tuple[Mapping[str, Any], ...] = ()
 
     @property
@@ -173,11 +175,11 @@ def plan_merge(
         config = bam_config(own, layout, recipe, planner.expert_names(), main_dtype)
     else:
         config = dense_config(own, dtype)
-    copied, tokenizer_config = take_template(
+    copied, own_tokenizer_config = take_template(
         seeds,
         chat_template,
         copied_files(first.folder, with_code=is_bam),
-        plain_tokenizer_config(first) if is_bam else None,
+        tokenizer_config(first, made == "native") if recipe.ffn_experts else None,
     )
     return MergePlan(
         format=made,
@@ -193,11 +195,12 @@ def plan_merge(
         | ({} if chat_template is None else {"chat_template": chat_template}),
         random_seed=random_seed,
         copied=copied,
-        tokenizer_config=tokenizer_config,
+        tokenizer_config=own_tokenizer_config,
         layout=layout,
         recipe=recipe,
         usage=usage,
         native_misfit=misfit,
+        notes=tuple(note for note in (tokenizer_note(first) if native else None,) if note),
         added_tokens=alignment.added if alignment else (),
     )
 
