@@ -49,7 +49,8 @@ def inspect(
     if len(found.groups) < len(found.experts):
         mixed = f"{mixed}each split into {len(found.experts) // len(found.groups)} experts, "
     if found.experts:
-        mixed = f"{mixed}format {found.format} ({found.model_type}), "
+        kind = f"native ({found.model_type})" if found.format == "native" else found.format
+        mixed = f"{mixed}format {kind}, "
     dense = found.dense if found.experts else None
     output.cost_table(f"{path}: {mixed}{found.family}, {found.dtype}", found.cost, dense, DEFAULT_CONTEXT)
     if found.recipes:

@@ -21,7 +21,14 @@ _ROLE_NAMES: Final = {
     "embedding": "embedding",
     "head": "head",
 }
-_MIX_NAMES: Final = {"experts": "Experts", "mean": "Averaged", "weighted": "Weighted mean", "usage": "By token"}
+_MIX_NAMES: Final = {
+    "experts": "Experts",
+    "mean": "Averaged",
+    "weighted": "Weighted mean",
+    "usage": "By token",
+    "equal": "The same in all",
+    "ancestor": "Of the ancestor alone",
+}
 
 
 @dataclass(frozen=True)
@@ -178,7 +185,7 @@ def expert_facts(recipe: Mapping[str, Any]) -> list[tuple[str, str]]:
     facts = []
     experts, layers = _table(recipe.get("experts")), _table(recipe.get("layers"))
     if layers.get("mix"):
-        facts.append(("Layers with experts", clean(layers["mix"])))
+        facts.append(("Layers with experts", f"{clean(layers['mix'])}; the others are mixed as the norms are"))
     if experts.get("granularity", 1) != 1:
         facts.append(("Each FFN split into", f"{clean(experts['granularity'])} experts"))
     if experts.get("extra"):
