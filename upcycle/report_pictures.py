@@ -130,6 +130,7 @@ def routing_pictures(routing: Routing, stem: str) -> Iterator[Picture]:
             "FFN load by layer and expert",
             routing,
             routing.load,
+            _names(routing, next(iter(routing.load.values())).shape[1]),
             "share of the routed tokens",
             "Which FFN experts the router sends each domain's tokens to; a row adds up to 1. The line on the scale "
             "is what an even spread would give: columns that stay dark in every domain are idle experts.",
@@ -140,6 +141,7 @@ def routing_pictures(routing: Routing, stem: str) -> Iterator[Picture]:
             "Attention gates by layer and expert",
             routing,
             routing.gates,
+            _attention_names(routing, next(iter(routing.gates.values())).shape[1]),
             "mean gate",
             "How much each attention expert counts by its router's softmax, of which a recipe may keep the largest "
             "alone; a row adds up to 1. The line on the scale is the even mixture.",
@@ -148,9 +150,14 @@ def routing_pictures(routing: Routing, stem: str) -> Iterator[Picture]:
 
 
 def _shares(
-    name: str, title: str, routing: Routing, shares: Mapping[str, Array], bar_label: str, caption: str
+    name: str,
+    title: str,
+    routing: Routing,
+    shares: Mapping[str, Array],
+    names: Sequence[str],
+    bar_label: str,
+    caption: str,
 ) -> Picture:
-    names = _names(routing, next(iter(shares.values())).shape[1])
     uniform = 1 / len(names)
     highest = max((float(np.nanmax(values)) for values in shares.values() if np.isfinite(values).any()), default=1.0)
     told = []
@@ -175,11 +182,14 @@ def _shares(
 
 
 def _names(routing: Routing, count: int) -> list[str]:
-    """The experts' names, or those of what was split into them, where there is one for each; else numbers."""
-    for names in (routing.experts, routing.groups):
-        if len(names) == count:
-            return list(names)
-    return [str(index) for index in range(count)]
+    """The experts' names where there is one for each, else numbers."""
+    return list(routing.experts) if len(routing.experts) == count else [str(index) for index in range(count)]
+
+
+def _attention_names(routing: Routing, count: int) -> list[str]:
+    """The attention experts' names: those of FFNs before they were split, of which the last may have been added."""
+    names = routing.groups or routing.experts
+    return list(names[:count]) if len(names) >= count else [str(index) for index in range(count)]
 
 
 def _layers(routing: Routing, count: int) -> list[str] | None:
@@ -231,7 +241,7 @@ def similarity_pictures(routing: Routing, stem: str) -> Iterator[Picture]:
         layers = routing.similarity.get(key)
         if layers is None or layers.shape[1] != layers.shape[2] or layers.shape[1] < 2:
             continue
-        names = _names(routing, layers.shape[1])
+        names = (_attention_names if key.startswith("attention") else _names)(routing, layers.shape[1])
         others = np.where(np.eye(layers.shape[1], dtype=bool), np.nan, np.nan_to_num(layers))
         most = int(np.nanmean(others, axis=(1, 2)).argmax())
         layer = _numbers(routing, len(layers))[most]
