@@ -302,7 +302,9 @@ def run(
         output.data_line(f"Routers are set from text; {routers.summary()}.")
     elif mixed:
         text_helps = (
-            "" if plan.recipe.copies or plan.recipe.experts.extra else ", or give a little text for each seed (--router-data) to set them from"
+            ""
+            if plan.recipe.copies or plan.recipe.experts.extra
+            else ", or give a little text for each seed (--router-data) to set them from"
         )
         output.data_line(f"Its routers are untrained: train the mixture{text_helps}.")
     if mixed and plan.native_misfit:

@@ -433,9 +433,16 @@ def test_native_mixtures_that_upcycle_merged_tell_whom_they_route(
     name: str, rows: dict[str, str], tmp_path: Path
 ) -> None:
     paths = make_seeds(BY_NAME[name], tmp_path / "seeds")
-    merge_and_load([f"{n}={path}" for n, path in zip(("code", "law", "x"), paths, strict=True)], tmp_path / "mix", "btx", format="native")
+    merge_and_load(
+        [f"{n}={path}" for n, path in zip(("code", "law", "x"), paths, strict=True)],
+        tmp_path / "mix",
+        "btx",
+        format="native",
+    )
     found = evaluate(tmp_path / "mix", data=rows, windows=4)["models"][str(tmp_path / "mix")]
     assert found["role"] == "mixture"
     assert found["routing"]["experts"] == found["routing"]["groups"] == ["code", "law", "x"]
     assert found["routing"]["domains"]["code"]["own_expert"] == "code"
-    assert found["domains"]["code"]["loss"] == pytest.approx(plain_loss(tmp_path / "mix", np.load(rows["code"])[:4]), rel=0.2)
+    assert found["domains"]["code"]["loss"] == pytest.approx(
+        plain_loss(tmp_path / "mix", np.load(rows["code"])[:4]), rel=0.2
+    )

@@ -369,7 +369,9 @@ def test_a_native_mixture_is_merged_with_text_and_set_anew(name: str, recipe: st
     text = text_for(("a", "b", "c"))
     options: dict[str, Any] = {"allow_unrelated": True, "format": "native", "usage": text.usage(VOCAB)}
     plan = plan_merge(load_recipe(recipe), read_seeds(paths), text=text.record(), **options)
-    merge(plan, tmp_path / "mix", finish=lambda folder: set_checkpoint_routers(folder, text, plan.recipe.from_text())[1])
+    merge(
+        plan, tmp_path / "mix", finish=lambda folder: set_checkpoint_routers(folder, text, plan.recipe.from_text())[1]
+    )
     found = verify(tmp_path / "mix", paths, load=True)
     routers = {tensor.name for tensor in plan.layout.mixture if tensor.router == "ffn"}
     assert len(routers) == 2

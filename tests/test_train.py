@@ -185,7 +185,9 @@ def test_split_experts_in_some_layers_are_trained(data: dict[str, str], tmp_path
     lora = run(tmp_path / "mix", data, tmp_path / "lora", steps=2, lora=2)
     assert lora.finished
     before, after = weights(tmp_path / "mix"), weights(tmp_path / "lora")
-    assert not torch.equal(before["dense.model.layers.0.mlp.up_proj.weight"], after["dense.model.layers.0.mlp.up_proj.weight"])
+    assert not torch.equal(
+        before["dense.model.layers.0.mlp.up_proj.weight"], after["dense.model.layers.0.mlp.up_proj.weight"]
+    )
 
 
 def test_a_nan_never_reaches_the_weights(

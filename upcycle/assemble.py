@@ -244,7 +244,8 @@ def _mix(
         columns = prod(reader.info(source).shape[1:])
         values = perturbed(values, elements.reshape(-1), begin, perturbation, sums, columns, plan.random_seed)
     if part.scale != 1.0:
-        values *= np.float32(part.scale)
+        with np.errstate(over="ignore"):  # what overflows is found and named by the cast
+            values *= np.float32(part.scale)
     return _cast(reader, sources, values, dtype, buffers)
 
 

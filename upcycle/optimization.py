@@ -50,7 +50,9 @@ def choose_trained(model: nn.Module, trained: str) -> None:
     if trained == "all":
         return
     count = 0
-    attentions = tuple(name.rpartition(".")[0] + "." for name, one in model.named_modules() if isinstance(one, GatedOutput))
+    attentions = tuple(
+        name.rpartition(".")[0] + "." for name, one in model.named_modules() if isinstance(one, GatedOutput)
+    )
     for name, parameter in model.named_parameters():
         chosen = is_router(name)
         if trained == "experts":

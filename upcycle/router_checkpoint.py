@@ -202,9 +202,7 @@ def router_settings(
     top_k = (facts.top_k or 1) // facts.recipe.experts.granularity
     settings: dict[str, FfnRouter | AttentionRouter] = {}
     if only != "attention":
-        settings["ffn"] = FfnRouter(
-            top_k=top_k, normalize=normalize, init=init, softness=soft, keep_scale=keep_scale
-        )
+        settings["ffn"] = FfnRouter(top_k=top_k, normalize=normalize, init=init, softness=soft, keep_scale=keep_scale)
     if only != "ffn" and facts.attention_experts:
         settings["attention"] = AttentionRouter(init=init, softness=soft)
     if not settings:

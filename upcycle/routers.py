@@ -1,10 +1,11 @@
 """Routers from text: each learns to tell, from its own input, which expert's text a token comes from.
 
-A router's logits are `W x`, plus a bias where it has one, which stays as it is. "fit" takes the W of the multinomial logistic regression of the expert on
-the router's true input, every expert's text counting alike, with a small ridge; "prototypes" takes the differences of
-the experts' mean inputs from their mean, over the variance within an expert (the linear discriminant of classes with
-one isotropic covariance): closed form, as good where classes lie like that. Either W is then multiplied by `softness`:
-below 1 gates are softer than the regression believes, so that experts also learn from each other's text.
+A router's logits are `W x`, plus a bias where it has one, which stays as it is. "fit" takes the W of the multinomial
+logistic regression of the expert on the router's true input, every expert's text counting alike, with a small ridge;
+"prototypes" takes the differences of the experts' mean inputs from their mean, over the variance within an expert (the
+linear discriminant of classes with one isotropic covariance): closed form, as good where classes lie like that. Either
+W is then multiplied by `softness`: below 1 gates are softer than the regression believes, so that experts also learn
+from each other's text.
 
 Where each FFN was split into G experts (`granularity`), a text belongs to a whole FFN: its row stands G times, so that
 a token takes all G or none, and each of the G gates is 1/G of the FFN's.
@@ -108,7 +109,7 @@ def set_routers(
         router.module.weight.copy_((setting.softness * weight).to(dtype).repeat_interleave(shards, 0))
         bias = getattr(router.module, "bias", None)
         logits = torch.nn.functional.linear(inputs[held_back], router.module.weight, bias)
-        gates = logits.softmax(-1, dtype=torch.float32).unflatten(-1, (experts, shards)).sum(-1)
+        gates = logits.softmax(-1, dtype=torch.float32).view(len(logits), experts, shards).sum(-1)
         right = gates.argmax(-1) == labels[held_back]
         shares = [right[labels[held_back] == number].float().mean() for number in range(experts)]
         if isinstance(setting, FfnRouter) and router.layer in scales:

@@ -338,8 +338,8 @@ def _check_options(options: TrainingOptions, facts: ModelFacts, processes: int, 
         raise TrainingError("--shard does not go with --lora, routers-then-all or adamw-offload")
     if options.shard and facts.kind == "native":
         raise TrainingError(
-            f"--shard reads a model tensor by tensor, and {options.model} stores its experts otherwise than memory holds "
-            "them; train it without --shard, or merge with --format bam"
+            f"--shard reads a model tensor by tensor, and {options.model} stores its experts otherwise than memory "
+            "holds them; train it without --shard, or merge with --format bam"
         )
     if options.shard and processes < 2:
         raise TrainingError("--shard spreads one model over several processes; start them with `accelerate launch`")

@@ -167,7 +167,7 @@ class Fuzzer:
         return [str(write(self.root / name, files)) for name, files in zip("ab", pair, strict=True)]
 
     def make_mixtures(self) -> Iterator[tuple[tuple[Files, Files], Files]]:
-        """A mixture of each pair, with different recipes and shards; and of the last one of every kind that there is."""
+        """A mixture of each pair, with different recipes and shards; of the last one those of every kind."""
         made = [(pair, MADE[number % 5]) for number, pair in enumerate(self.pairs)]
         made += [(self.pairs[-1], recipe) for recipe in MADE[5:]]
         for number, (pair, (name, *overrides)) in enumerate(made):
@@ -231,7 +231,7 @@ class Fuzzer:
         text = str(error)
         self.longest = max(self.longest, len(text))
         if len(text) > MESSAGE:
-            self.failures.setdefault(f"a message of more than {MESSAGE} characters", []).append(number)
+            self.failures.setdefault(f"a message of more than {MESSAGE} characters: {text[:200]!r}", []).append(number)
         plain = re.sub(r"'[^']*'|\[[^]]*\]|/\S*|-?\d[\d.,e+]*|nan|\binf", "_", text[:300])
         self.messages[plain[:100]] += 1
 

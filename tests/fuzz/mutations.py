@@ -49,7 +49,14 @@ KEYS += (
 KEYS += ("sliding_window_pattern", "no_rope_layer_interval", "max_window_layers", "original_max_position_embeddings")
 # Of mixtures: what only some BAM mixtures have, and what native ones and upcycle.json say.
 KEYS += ("granularity", "num_attention_experts", "num_attention_experts_per_tok", "norm_topk_attention", "router_bias")
-KEYS += ("num_shared_experts", "mixed_layers", "ffn_scale", "num_experts_per_tok", "norm_topk_prob", "attention_experts")
+KEYS += (
+    "num_shared_experts",
+    "mixed_layers",
+    "ffn_scale",
+    "num_experts_per_tok",
+    "norm_topk_prob",
+    "attention_experts",
+)
 KEYS += ("num_local_experts", "num_experts", "expert_names", "architectures", "mlp_only_layers", "num_hidden_layers")
 RECORDED = ("recipe", "experts", "dense_config", "format", "seeds", "routers", "extracted", "plan", "ancestor")
 ROPES = ("default", "linear", "dynamic", "yarn", "longrope", "llama3", "x", None, 3, [], {})
