@@ -202,14 +202,21 @@ def _finite(value: float | None) -> float:
 
 def _routing_table(name: str, routing: Mapping[str, Any]) -> None:
     """How tokens of each domain fall to the experts, as means over layers."""
+    experts = routing["experts"]
+    groups = routing.get("groups") or experts
+    shards = len(experts) // len(groups)
     rows = []
     for domain, found in routing["domains"].items():
-        layers = len(found["load"])
         for title, key in (("FFN load", "load"), ("attention gate", "gates")):
             if key in found:
-                shares = [sum(layer[i] for layer in found[key]) / layers for i in range(len(routing["experts"]))]
-                rows.append([f"{domain}, {title}", *(f"{share:.1%}" for share in shares)])
-    output.table(f"What {name} routes where (mean over layers)", ["", *routing["experts"]], rows)
+                layers = found[key]
+                shares = [sum(column) / len(layers) for column in zip(*layers, strict=True)]
+                if key == "load":  # of experts that were split, their parts together
+                    shares = [sum(shares[first : first + shards]) for first in range(0, len(shares), shards)]
+                # Experts that were added have no attention.
+                cells = [f"{share:.1%}" for share in shares] + ["–"] * (len(groups) - len(shares))
+                rows.append([f"{domain}, {title}", *cells])
+    output.table(f"What {name} routes where (mean over layers)", ["", *groups], rows)
 
 
 def _task_table(models: Mapping[str, Any], names: Mapping[str, str]) -> None:

@@ -36,6 +36,8 @@ def inspect(
                 "family": found.family,
                 "num_experts": found.num_experts,
                 "experts": found.experts,
+                "groups": found.groups,
+                "layers": found.layers,
                 "recipe": found.recipe,
                 "recipes": found.recipes,
                 "dtype": found.dtype,
@@ -43,7 +45,12 @@ def inspect(
             }
         )
         return
-    mixed = f"{found.recipe} of {', '.join(found.experts)}, " if found.experts else "dense, "
+    mixed = f"{found.recipe} of {', '.join(found.groups)}, " if found.experts else "dense, "
+    if len(found.groups) < len(found.experts):
+        mixed = f"{mixed}each split into {len(found.experts) // len(found.groups)} experts, "
+    if found.experts:
+        kind = f"native ({found.model_type})" if found.format == "native" else found.format
+        mixed = f"{mixed}format {kind}, "
     dense = found.dense if found.experts else None
     output.cost_table(f"{path}: {mixed}{found.family}, {found.dtype}", found.cost, dense, DEFAULT_CONTEXT)
     if found.recipes:

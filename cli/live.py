@@ -103,8 +103,9 @@ class _View:
 
         grid = Table.grid(padding=(0, 2))
         for title, key in (("load", "load"), ("attention", "gates")):
-            for expert, name in enumerate(self.start["experts"]) if key in self.step else ():
-                shares = [layer[expert] for layer in self.step[key]]
+            names = self.start["experts" if key == "load" else "groups"]
+            columns = zip(*self.step.get(key, ()), strict=True)
+            for expert, (name, shares) in enumerate(zip(names, columns, strict=False)):
                 bars = "".join(BARS[min(len(BARS) - 1, round(share * (len(BARS) - 1)))] for share in shares)
                 mean = sum(shares) / len(shares)
                 grid.add_row(title if not expert else "", Text(output.printable(name)), bars, f"{mean:.0%}")

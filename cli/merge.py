@@ -303,7 +303,8 @@ def run(
             output.data_object(about)
         return
     mixed = plan.format != "dense"
-    experts = f"{plan.num_experts} experts, format {plan.format}, " if mixed else "dense, "
+    kind = f"native ({plan.config['architectures'][0]})" if plan.format == "native" else plan.format
+    experts = f"{plan.num_experts} experts, format {kind}, " if mixed else "dense, "
     output.data_line(
         f"{out}: {experts}{output.count(cost.total_parameters)} parameters, "
         f"{output.count(cost.active_parameters)} active per token, "
@@ -314,7 +315,9 @@ def run(
         output.data_line(f"Routers are set from text; {routers.summary()}.")
     elif mixed:
         text_helps = (
-            "" if plan.recipe.copies else ", or give a little text for each seed (--router-data) to set them from"
+            ""
+            if plan.recipe.copies or plan.recipe.experts.extra
+            else ", or give a little text for each seed (--router-data) to set them from"
         )
         output.data_line(f"Its routers are untrained: train the mixture{text_helps}.")
     if mixed and plan.native_misfit:

@@ -61,7 +61,7 @@ def routers(
     quiet_transformers()
     text = read_router_text(
         split_names("--data", data),
-        list(facts.experts),
+        list(facts.groups),
         source,
         facts.dense,
         tokens=router_tokens,

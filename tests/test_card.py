@@ -16,7 +16,7 @@ import pytest
 import yaml
 from huggingface_hub import ModelCard
 
-from tests.conftest import write_tokenizer
+from tests.conftest import merge_and_load, write_tokenizer
 from tests.hub_server import HubServer
 from tests.test_report import make_evaluation, make_run, step_line
 from tests.tiny import BY_NAME, VOCAB, edit_json, make_seeds, mixtral_config
@@ -29,6 +29,7 @@ from upcycle.licenses import licensing
 from upcycle.merge import merge
 from upcycle.mixture import plan_extract, read_mixture
 from upcycle.plan import plan_merge
+from upcycle.push_plan import result_files
 from upcycle.recipe_file import load_recipe
 from upcycle.report_tables import number, quantity
 from upcycle.seeds import read_seeds
@@ -559,3 +560,68 @@ def test_another_evaluation_of_the_same_name_is_refused(mix):
     row = {"domains": {"code": {"loss": 1.0}}, "fingerprint": "0" * 64, "routing": {"experts": ["a", "b", "c"]}}
     with pytest.raises(DataError, match="had other weights"):
         make_card(mix, evaluation={"models": {str(mix): row}, "measure": "loss"})
+
+
+def test_a_native_mixture_says_what_it_is(tmp_path):
+    """No code, so no option to run it and no tag of ours; its class, its routers, and what it was made of."""
+    seeds = make_seeds(BY_NAME["llama"], tmp_path / "seeds")
+    for seed in seeds:
+        write_tokenizer(seed)
+    card = make_card(from_hub(make("btx", seeds, tmp_path / "mix")), repository="org/mix")
+    assert metadata(card)["tags"] == ["upcycle", "moe", "mixture-of-experts", "merge", "arxiv:2403.07816"]
+    assert metadata(card)["base_model"] == ["org/a", "org/b", "org/c"]
+    assert metadata(card)["base_model_relation"] == "merge"
+    text = body(card)
+    assert "A mixture of 3 experts, merged by upcycle from the dense models a, b and c, by the recipe `btx`" in text
+    assert "A token uses 2 of 3 FFN experts, gates rescaled to sum to one; there is one attention." in text
+    assert "It is a `MixtralForCausalLM` of transformers' own, which needs no code but that." in text
+    assert "**Its routers are untrained.**" in text
+    assert 'from_pretrained("org/mix", dtype="auto")' in text
+    assert 'AutoTokenizer.from_pretrained("org/mix")' in text
+    assert "trust_remote_code" not in text
+    assert "modeling_bam" not in text
+    assert "|  | mixture | one seed | ratio |" in card
+    files = result_files(tmp_path / "mix")
+    assert not any(name.endswith(".py") for name in files)
+    assert {"config.json", "upcycle.json", "model.safetensors", "tokenizer.json"} <= files.keys()
+
+
+@pytest.mark.parametrize(
+    ("recipe", "overrides", "said"),
+    [
+        (
+            "bam",
+            ["experts.granularity=2", "layers.mix=every 2"],
+            [
+                "A mixture of 6 experts, 2 of each of 3 FFNs",
+                "A token uses 2 of 6 FFN experts in 1 of 2 layers (1), gates as they are, and all 3 attention experts",
+                "| Layers with experts | every 2; the others are mixed as the norms are |",
+                "| Each FFN split into | 2 experts |",
+            ],
+        ),
+        ("top-k-attention", [], ["2 of 3 attention experts", "| Attention router | top 2, gates as they are, "]),
+        ("shared-expert", ["experts.shared_weight=0.25"], ["| Shared experts | mean; 0.25 of the output |"]),
+        ("btx-extra", ["experts.extra_from=mean"], ["A mixture of 5 experts", "| Extra experts | 2, of mean |"]),
+        (
+            "flex",
+            ["router.ffn.init=random", "mix.default=mean", "router.ffn.bias.a=-1.5"],
+            ["random start (std 0.02), bias a −1.5 |"],
+        ),
+    ],
+)
+def test_what_some_mixtures_have_is_said(recipe, overrides, said, tmp_path):
+    seeds = make_seeds(BY_NAME["llama"], tmp_path / "seeds")
+    merge_and_load(seeds, tmp_path / "mix", recipe, *overrides)
+    text = make_card(tmp_path / "mix")
+    for words in said:
+        assert words.replace("−", "-") in text, words
+
+
+def test_copies_that_were_split_are_said(tmp_path):
+    (seed,) = make_seeds(BY_NAME["llama"], tmp_path / "seeds", count=1)
+    made = plan_merge(load_recipe("virtual-groups"), read_seeds([str(seed)]), num_experts=3)
+    merge(made, tmp_path / "mix")
+    text = make_card(tmp_path / "mix")
+    assert "A mixture of 12 experts, 4 of each of 3 FFNs, made by upcycle from one dense model" in text
+    assert "A token uses 8 of 12 FFN experts" in text
+    assert "Copied to each of the 3 FFNs that were split." in text

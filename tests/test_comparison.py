@@ -13,8 +13,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, MixtralForCausalLM
 
-from tests.conftest import branch, run_cli, write_tokenizer
-from tests.tiny import BY_NAME, VOCAB, edit_json, make_seed, mixtral_config
+from tests.conftest import branch, merge_and_load, run_cli, write_tokenizer
+from tests.tiny import BY_NAME, VOCAB, edit_json, make_seed, make_seeds, mixtral_config
 from upcycle.comparison import evaluate_models
 from upcycle.errors import CheckpointError, DataError, UpcycleError
 from upcycle.evaluate import token_losses
@@ -397,3 +397,52 @@ def test_the_command_refuses_data_that_is_not_there(
     assert message in done.stderr
     assert "Traceback" not in done.stderr
     assert sorted(path.name for path in tmp_path.iterdir()) == ["blank.jsonl", "empty.jsonl", "model"]
+
+
+def test_split_experts_in_some_layers_are_measured_by_what_they_were(
+    seeds: list[Path], rows: dict[str, str], tmp_path: Path
+) -> None:
+    """Names of FFNs and of attentions, their own layers, and a domain's share over all parts of its expert."""
+    overrides = ["experts.granularity=2", "layers.mix=every 2", "experts.extra=1", "experts.extra_from=mean"]
+    mix = tmp_path / "mix"
+    merge(plan_merge(load_recipe("bam", overrides), read_seeds([str(seed) for seed in seeds])), mix)
+    result = evaluate(mix, seeds[0], data=rows, windows=4)
+    routing = result["models"][str(mix)]["routing"]
+    assert routing["experts"] == [f"{name}.{i}" for name in ("code", "law", "math", "mean-extra-0") for i in (0, 1)]
+    assert routing["groups"] == ["code", "law", "math", "mean-extra-0"]
+    assert (routing["layers"], routing["top_k"]) == ([1], 2)
+    code = routing["domains"]["code"]
+    assert (np.array(code["load"]).shape, np.array(code["gates"]).shape) == ((1, 8), (1, 3))
+    # Routers begin with equal rows for the parts of an FFN: a token uses both or neither.
+    np.testing.assert_allclose(code["own_share"], 2 * np.array(code["load"])[:, 0], atol=1e-5)
+    np.testing.assert_allclose(code["own_share"], np.array(code["load"])[:, :2].sum(1), atol=1e-5)
+    assert np.array(routing["similarity"]["ffn_outputs"]).shape == (1, 8, 8)
+    assert np.array(routing["similarity"]["attention_outputs"]).shape == (1, 3, 3)
+    said = "\n".join(result["verdict"])
+    assert "(chance: 25%)" in said
+    assert "layer 0" not in said
+    shown = run_cli("eval", mix, "--data", *(f"{name}={file}" for name, file in rows.items()), "--windows", 4)
+    assert shown.returncode == 0, shown.stderr
+    gates = next(line for line in shown.stdout.splitlines() if "code, attention gate" in line)
+    assert gates.count("%") == 3
+    assert gates.rstrip().endswith("–")
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen2-full", "qwen3", "olmo2", "granite", "cohere2"])
+def test_native_mixtures_that_upcycle_merged_tell_whom_they_route(
+    name: str, rows: dict[str, str], tmp_path: Path
+) -> None:
+    paths = make_seeds(BY_NAME[name], tmp_path / "seeds")
+    merge_and_load(
+        [f"{n}={path}" for n, path in zip(("code", "law", "x"), paths, strict=True)],
+        tmp_path / "mix",
+        "btx",
+        format="native",
+    )
+    found = evaluate(tmp_path / "mix", data=rows, windows=4)["models"][str(tmp_path / "mix")]
+    assert found["role"] == "mixture"
+    assert found["routing"]["experts"] == found["routing"]["groups"] == ["code", "law", "x"]
+    assert found["routing"]["domains"]["code"]["own_expert"] == "code"
+    assert found["domains"]["code"]["loss"] == pytest.approx(
+        plain_loss(tmp_path / "mix", np.load(rows["code"])[:4]), rel=0.2
+    )

@@ -11,7 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from tests.conftest import run_cli
-from tests.tiny import CASES, dense_config
+from tests.tiny import BY_NAME, CASES, dense_config
 from upcycle.backends import Backend, use_backend
 from upcycle.companions import bam_config
 from upcycle.dense_config import read_dense
@@ -19,6 +19,7 @@ from upcycle.layout import Layout, make_layout
 from upcycle.memory import Counter, held, training_memory
 from upcycle.modeling.configuration_bam import BamConfig
 from upcycle.modeling.modeling_bam import BamForCausalLM
+from upcycle.native import NATIVE
 from upcycle.recipe_file import load_recipe
 from upcycle.scaling import config_training
 
@@ -213,3 +214,28 @@ def test_plan_refuses_options_without_effect(arguments, found):
     result = run_cli("plan", "--recipe", "btx", *arguments)
     assert result.returncode == 2
     assert found in result.stderr
+
+
+def count(name: str, recipe: str, *overrides: str, format: str = "bam"):
+    """The memory of training a mixture of tiny models of a case, with everything trained."""
+    model = read_dense(dense_config(BY_NAME[name]).to_dict(), name)
+    loaded = load_recipe(recipe, overrides)
+    made = make_layout(model, loaded, EXPERTS, NATIVE[model.family.native] if format == "native" else None)
+    return training_memory(made, loaded, sequences=2, sequence_length=16, precision="fp32")
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen3", "olmo2", "granite", "cohere2"])
+def test_a_native_mixture_takes_what_the_same_in_bams_format_takes(name):
+    assert count(name, "btx", format="native") == count(name, "btx")
+
+
+def test_layers_without_experts_take_what_dense_ones_take():
+    every = count("llama", "bam")
+    half = count("llama", "bam", "layers.mix=every 2")
+    layout = make_layout(read_dense(dense_config(BY_NAME["llama"]).to_dict(), "x"), load_recipe("average"), 1)
+    dense = training_memory(layout, load_recipe("average"), sequences=2, sequence_length=16, precision="fp32")
+    for part in ("weights", "gradients", "optimizer", "activations", "total"):
+        # Of two layers one is dense, so it lies in the middle but for what a peak has of one layer alone.
+        middle = (getattr(every, part) + getattr(dense, part)) / 2
+        assert getattr(half, part) == pytest.approx(middle, rel=0.01 if part in ("weights", "optimizer") else 0.2)
+    assert count("llama", "bam", "layers.mix=0, 1") == every

@@ -21,6 +21,8 @@ from tests.conftest import merge_and_load
 from tests.tiny import BY_NAME, make_seeds, mixtral_config
 from upcycle.errors import CheckpointError, OutputError
 from upcycle.report import Report, write_report
+from upcycle.report_pictures import routing_pictures
+from upcycle.run_records import read_sources, recorded_routing
 
 DOMAINS = ["docs", "a", "b"]
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
@@ -513,3 +515,33 @@ def test_the_browser_finds_what_is_broken(mixture, tmp_path):
     assert found["over"] > 0
     assert found["smallest"][0] == 6
     assert any("nothing is not defined" in line for line in console)
+
+
+def test_split_experts_in_some_layers_are_shown_by_their_names(blank, tmp_path):
+    """From a training's record alone: what each picture calls columns and rows, and the own expert's share."""
+    overrides = ("experts.granularity=2", "layers.mix=every 2")
+    merge_and_load(make_seeds(BY_NAME["llama"], tmp_path / "seeds"), tmp_path / "mix", "bam", *overrides)
+    load, gates = [[0.1, 0.2, 0.3, 0.2, 0.1, 0.1]], [[0.5, 0.3, 0.2]]
+    line = step_line(1, 1, load=load, gates=gates)
+    held = {"step": 1, "heldout": {"a": {"loss": 3.0, "load": load, "gates": gates}}}
+    run = make_run(tmp_path / "run", tmp_path / "mix", [line, held])
+    (source,) = read_sources([run])
+    routing = recorded_routing(source)
+    assert routing.experts == ["a.0", "a.1", "b.0", "b.1", "c.0", "c.1"]
+    assert (routing.groups, list(routing.layers), routing.top_k) == (["a", "b", "c"], [1], 2)
+    assert routing.own_share["a"] == pytest.approx([0.3])  # of both parts together, as a token uses two experts
+    made = {picture.name: picture for picture in routing_pictures(routing, "")}
+    assert "a: most to b.0, 0.30" in made["load"].alt
+    assert "a: most to a, 0.50" in made["gates"].alt
+    text = words(page_of([run], tmp_path / "page.html"))
+    assert "Each FFN split into 2 experts" in text
+    assert "of one that was split the part that it picks" in text
+    assert "mixture of 6 experts" in text
+
+
+def test_a_native_mixture_is_shown_beside_one_seed(blank, tmp_path):
+    merge_and_load(make_seeds(BY_NAME["llama"], tmp_path / "seeds"), tmp_path / "mix", "btx", format="native")
+    text = words(page_of([make_run(tmp_path / "run", tmp_path / "mix")], tmp_path / "page.html"))
+    assert "Class MixtralForCausalLM, of transformers' own" in text
+    assert "mixture one seed ratio" in text
+    assert "a: most to" in (tmp_path / "page.html").read_text()  # its experts have their seeds' names

@@ -13,12 +13,13 @@ from transformers import AutoModelForCausalLM, MixtralForCausalLM
 
 from tests.conftest import run_cli
 from tests.test_routers import texts
-from tests.tiny import VOCAB, edit_json, mixtral_config
+from tests.tiny import BY_NAME, VOCAB, edit_json, make_seeds, mixtral_config
 from upcycle.card import write_card
 from upcycle.checksums import read_sums
 from upcycle.errors import CheckpointError, OutputError, RecipeError
 from upcycle.merge import merge
 from upcycle.plan import plan_merge
+from upcycle.recipe import FfnRouter
 from upcycle.recipe_file import load_recipe, parse_recipe
 from upcycle.router_checkpoint import init_routers, router_settings, set_checkpoint_routers
 from upcycle.router_text import RouterText
@@ -348,3 +349,67 @@ def test_softness_of_no_use_is_refused(mixture: Path) -> None:
     for softness in (0.0, -1.0, 1e6, float("nan")):
         with pytest.raises(RecipeError, match="--softness"):
             router_settings(mixture, read_facts(mixture), "fit", softness)
+
+
+NATIVE = [
+    ("llama", "btx"),
+    ("qwen2-full", "btx"),
+    ("qwen3", "btx"),
+    ("olmo2", "btx"),
+    ("granite", "btx"),
+    ("cohere2", "btx"),
+    ("qwen2-full", "shared-expert"),
+]
+
+
+@pytest.mark.parametrize(("name", "recipe"), NATIVE, ids=["-".join(row) for row in NATIVE])
+def test_a_native_mixture_is_merged_with_text_and_set_anew(name: str, recipe: str, tmp_path: Path) -> None:
+    """Each class finds its own experts, at merging and after; only routers change."""
+    paths = [str(path) for path in make_seeds(BY_NAME[name], tmp_path / "seeds", dtype=torch.bfloat16)]
+    text = text_for(("a", "b", "c"))
+    options: dict[str, Any] = {"allow_unrelated": True, "format": "native", "usage": text.usage(VOCAB)}
+    plan = plan_merge(load_recipe(recipe), read_seeds(paths), text=text.record(), **options)
+    merge(
+        plan, tmp_path / "mix", finish=lambda folder: set_checkpoint_routers(folder, text, plan.recipe.from_text())[1]
+    )
+    found = verify(tmp_path / "mix", paths, load=True)
+    routers = {tensor.name for tensor in plan.layout.mixture if tensor.router == "ffn"}
+    assert len(routers) == 2
+    usage = 1 if plan.layout.model.tied else 2
+    assert (found.problems, found.from_text) == ([], 2 + usage)
+    facts = read_facts(tmp_path / "mix")
+    assert (facts.kind, facts.groups, facts.routed) == ("native", ["a", "b", "c"], True)
+    settings = router_settings(tmp_path / "mix", facts, "prototypes", softness=1.0)
+    result = init_routers(tmp_path / "mix", tmp_path / "out", text, settings)
+    assert min(result.accuracy["ffn"]) > 0.5  # of 1/3 by chance
+    tensors, old = (load_file(tmp_path / folder / "model.safetensors") for folder in ("out", "mix"))
+    assert {name for name in tensors if not torch.equal(tensors[name], old[name])} == routers
+    assert "Its routers are set from text" in (tmp_path / "out" / "README.md").read_text()
+
+
+def test_split_experts_in_some_layers(seeds: list[Path], tmp_path: Path) -> None:
+    merged_with_text(seeds, tmp_path / "out", "bam", "experts.granularity=2", "layers.mix=every 2")
+    found = verify(tmp_path / "out", [str(seed) for seed in seeds], load=True)
+    assert (found.problems, found.from_text) == ([], 4)
+    scale = json.loads((tmp_path / "out" / "config.json").read_text())["ffn_scale"]
+    assert scale[0] == 1.0
+    assert scale[1] > 1.05
+    tensors = load_file(tmp_path / "out" / "model.safetensors")
+    rows = tensors["dense.model.layers.1.mlp.router.weight"].view(3, 2, -1)
+    assert torch.equal(rows[:, 0], rows[:, 1])
+    settings = router_settings(tmp_path / "out", read_facts(tmp_path / "out"), "fit", only="ffn")
+    assert settings["ffn"] == FfnRouter(top_k=1, init="fit")
+    init_routers(tmp_path / "out", tmp_path / "again", text_for(), settings)
+    assert json.loads((tmp_path / "again" / "config.json").read_text())["ffn_scale"] == scale
+
+
+def test_experts_that_were_added_have_no_text(seeds: list[Path], tmp_path: Path) -> None:
+    for recipe, format in (("btx-extra", "bam"), ("bam", "bam"), ("btx", "native")):
+        overrides = ["experts.extra=1", "experts.extra_from=mean", "router.ffn.top_k=2"]
+        plan = plan_merge(load_recipe(recipe, overrides), read_seeds([str(seed) for seed in seeds]), format=format)
+        merge(plan, tmp_path / recipe)
+        with pytest.raises(RecipeError, match=r"extra experts that no text belongs to \(mean-extra-0\)"):
+            router_settings(tmp_path / recipe, read_facts(tmp_path / recipe), "fit")
+    done = run_cli("routers", tmp_path / "btx", "--data", "code=x.npy", "--out", tmp_path / "out")
+    assert done.returncode == 1
+    assert "extra experts that no text belongs to" in done.stderr

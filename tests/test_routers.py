@@ -5,10 +5,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 from tests.conftest import merge_and_load
 from tests.tiny import BY_NAME, VOCAB, make_seeds
 from upcycle import routers
+from upcycle.errors import CheckpointError
 from upcycle.recipe import AttentionRouter, FfnRouter
 from upcycle.router_text import RouterText
 from upcycle.routers import coinciding, fit_warnings, logistic, prototypes, set_routers
@@ -164,3 +166,48 @@ def test_of_few_windows_the_ends_are_held_back() -> None:
     assert routers._held_back(text, (2, 32)).nonzero()[:, 1].unique().tolist() == [28, 29, 30, 31]
     whole = texts(per_expert=128)
     assert routers._held_back(whole, (8, 16)).nonzero()[:, 0].unique().tolist() == [7]
+
+
+def test_of_experts_that_were_split_a_text_belongs_to_all_parts_alike(tmp_path: Path) -> None:
+    """And of layers without experts there is nothing to set: their place in `ffn_scale` is 1."""
+    recipe = ("bam", "experts.granularity=2", "layers.mix=every 2", "router.ffn.top_k=2")
+    model = merge_and_load(make_seeds(BY_NAME["llama"], tmp_path / "seeds"), tmp_path / "out", *recipe).eval()
+    model.config.ffn_scale = [1.0, 1.0]
+    mlp = model.dense.model.layers[1].mlp
+    mlp.register_buffer("scale", torch.ones(()), persistent=False)
+    whole = {"ffn": FfnRouter(top_k=2, init="fit", softness=1.0), "attention": AttentionRouter(init="fit")}
+    fits = set_routers(model, texts(), whole, dtype=torch.float32)
+    assert [(fit.router.layer, fit.router.kind) for fit in fits] == [(1, "attention"), (1, "ffn")]
+    assert min(fit.accuracy for fit in fits) > 0.6  # of 1/3 by chance
+    rows = mlp.router.weight.view(3, 2, -1)
+    assert torch.equal(rows[:, 0], rows[:, 1])
+    assert not torch.allclose(rows[0], rows[1])
+    assert model.config.ffn_scale == [1.0, pytest.approx(float(mlp.scale))]
+    model.save_pretrained(tmp_path / "again")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "again", dtype=torch.float32).eval()
+    gates = []
+    again.dense.model.layers[1].mlp.experts.register_forward_pre_hook(lambda _, args: gates.append(args[2]))
+    windows = torch.from_numpy(np.concatenate(texts().windows))
+    with torch.no_grad():
+        torch.testing.assert_close(again(windows[:4]).logits, model(windows[:4]).logits)
+        again(windows)
+    assert gates[1].shape[-1] == 4  # two of three FFNs, of each both halves
+    assert float(gates[1].sum(-1).mean()) == pytest.approx(1, abs=0.03)  # the scale is of what was held back
+
+
+def test_a_bias_of_bams_router_stays_and_counts(tmp_path: Path) -> None:
+    unaided = ("router.ffn.init=random", "mix.default=mean", "router.ffn.bias.a=-100.0")
+    model = merge_and_load(make_seeds(BY_NAME["llama"], tmp_path / "seeds"), tmp_path / "out", "flex", *unaided).eval()
+    settings = {"ffn": FfnRouter(init="prototypes", softness=1.0)}
+    fits = set_routers(model, texts(), settings, dtype=torch.float32)
+    for layer in model.dense.model.layers:
+        assert layer.mlp.router.bias.tolist() == [-100, 0, 0]
+        assert layer.mlp.router.weight.abs().max() > 0
+    assert max(fit.accuracy for fit in fits) < 0.7  # no token finds the expert that the bias keeps out
+
+
+def test_text_for_some_experts_alone_is_refused(tmp_path: Path) -> None:
+    seeds = make_seeds(BY_NAME["llama"], tmp_path / "seeds")
+    model = merge_and_load(seeds, tmp_path / "out", "btx-extra", "experts.extra_from=mean").eval()
+    with pytest.raises(CheckpointError, match="among 5 experts, and text is given for 3"):
+        set_routers(model, texts(), {"ffn": FfnRouter(init="fit")}, dtype=torch.float32)

@@ -22,7 +22,7 @@ def logits_of(choices: list[int]) -> torch.Tensor:
 
 
 def test_a_tally_equals_a_count_by_hand() -> None:
-    tally = RoutingTally(1, own_expert=1)
+    tally = RoutingTally(1, own_experts=[1])
     tally.add([logits_of(CHOICES[:4]), logits_of([2] * 4)], [logits_of([0] * 4)])
     tally.add([logits_of(CHOICES[4:]), logits_of([2] * 2)], [logits_of([1] * 2)])
     means = tally.means()
@@ -37,7 +37,7 @@ def test_a_tally_equals_a_count_by_hand() -> None:
 
 
 def test_with_two_experts_a_token_both_count() -> None:
-    tally = RoutingTally(2, own_expert=2)
+    tally = RoutingTally(2, own_experts=[2])
     tally.add([logits_of([0, 1])], [])  # experts 0 and 1, then 1 and 2
     means = tally.means()
     np.testing.assert_allclose(means["load"], [[1 / 4, 2 / 4, 1 / 4]])
@@ -79,7 +79,7 @@ def test_a_models_fixed_router_is_counted_as_it_routes(recipe: str, tmp_path: Pa
                 router.weight.zero_()
                 router.weight[1, 0] = 5.0  # expert 1 where the unit is above 0, else expert 0 (the first of equals)
         base.embed_tokens.weight[:, 0] = torch.where(torch.arange(VOCAB) % 3 == 0, 1.0, -1.0)
-    tally = RoutingTally(1, own_expert=1)
+    tally = RoutingTally(1, own_experts=[1])
     token_losses(model, Heldout("code", tokens), 2, torch.device("cpu"), tally)
     means = tally.means()
     third = float((tokens[:, :-1] % 3 == 0).mean())  # a window's last token is predicted, not read

@@ -13,13 +13,18 @@ import torch
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, MixtralForCausalLM
 
-from tests.conftest import run_cli, write_tokenizer
-from tests.tiny import BY_NAME, edit_json, make_seed, mixtral_config
+from tests.conftest import merge_and_load, run_cli, write_tokenizer
+from tests.tiny import BY_NAME, edit_json, make_seed, make_seeds, mixtral_config
 from tests.training import LENGTH, arguments, metrics, options, run, same, state, weights
 from upcycle.data import parse_shares
 from upcycle.errors import TrainingError
+from upcycle.inspect import inspect_checkpoint
 from upcycle.losses import forward_losses
+from upcycle.merge import merge
+from upcycle.mixture import plan_extract, read_mixture
 from upcycle.train import train
+from upcycle.training_settings import read_facts
+from upcycle.verify import verify
 
 
 def test_training_lowers_the_loss_and_the_result_loads_like_the_mixture(
@@ -126,6 +131,63 @@ def test_a_native_mixture_is_written_back_in_its_published_names(data: dict[str,
     assert not info["missing_keys"]
     assert not info["unexpected_keys"]
     assert len(metrics(tmp_path / "out", "load_balance")[0]) == 2
+
+
+NATIVE = [
+    ("llama", "btx", "MixtralForCausalLM"),
+    ("qwen2-full", "shared-expert", "Qwen2MoeForCausalLM"),
+    ("qwen3", "btx-top1", "Qwen3MoeForCausalLM"),
+    ("olmo2", "btx-top1", "FlexOlmoForCausalLM"),
+    ("granite", "btx", "GraniteMoeForCausalLM"),
+    ("cohere2", "btx", "Cohere2MoeForCausalLM"),
+]
+
+
+@pytest.mark.parametrize(("name", "recipe", "architecture"), NATIVE, ids=[row[0] for row in NATIVE])
+def test_a_merged_native_mixture_stays_what_it_is(
+    name: str, recipe: str, architecture: str, data: dict[str, str], tmp_path: Path
+) -> None:
+    """Trained, it has the same files and names, loads as its class, and gives its experts back."""
+    mix, out = tmp_path / "mix", tmp_path / "out"
+    merge_and_load(make_seeds(BY_NAME[name], tmp_path / "seeds", dtype=torch.bfloat16), mix, recipe, format="native")
+    facts = read_facts(mix)
+    assert (facts.kind, list(facts.experts)) == ("native", ["a", "b", "c"])
+    assert facts.z == {"btx": 0.0}.get(recipe, 0.001)
+    assert facts.training_flops(LENGTH)
+    assert facts.seed_parameters
+    result = run(mix, data, out, steps=12, trained="experts", heldout=data, eval_windows=8)
+    assert sum(result.heldout.values()) < sum(result.first_heldout.values())
+    for file in ("config.json", "upcycle.json"):
+        assert (out / file).read_bytes() == (mix / file).read_bytes()
+    before, after = weights(mix), weights(out)
+    assert before.keys() == after.keys()
+    changed = {tensor for tensor in before if not torch.equal(before[tensor], after[tensor])}
+    assert changed
+    assert all(".mlp." in tensor or ".block_sparse_moe." in tensor for tensor in changed)
+    model, info = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32, output_loading_info=True)
+    assert type(model).__name__ == architecture
+    assert not info["missing_keys"]
+    assert not info["unexpected_keys"]
+    assert inspect_checkpoint(out).experts == ["a", "b", "c"]
+    assert not verify(out, load=True).problems
+    merge(plan_extract(read_mixture(out), 1), tmp_path / "b")
+    assert not verify(tmp_path / "b", load=True).problems
+
+
+def test_split_experts_in_some_layers_are_trained(data: dict[str, str], tmp_path: Path) -> None:
+    recipe = ("bam", "experts.granularity=2", "layers.mix=every 2")
+    merge_and_load(make_seeds(BY_NAME["llama"], tmp_path / "seeds"), tmp_path / "mix", *recipe)
+    result = run(tmp_path / "mix", data, tmp_path / "out", steps=12, heldout=data, eval_windows=8)
+    assert sum(result.heldout.values()) < sum(result.first_heldout.values())
+    assert np.array(metrics(tmp_path / "out", "load")[0]).shape == (1, 6)
+    assert np.array(metrics(tmp_path / "out", "gates")[0]).shape == (1, 3)
+    assert not verify(tmp_path / "out", load=True).problems
+    lora = run(tmp_path / "mix", data, tmp_path / "lora", steps=2, lora=2)
+    assert lora.finished
+    before, after = weights(tmp_path / "mix"), weights(tmp_path / "lora")
+    assert not torch.equal(
+        before["dense.model.layers.0.mlp.up_proj.weight"], after["dense.model.layers.0.mlp.up_proj.weight"]
+    )
 
 
 def test_a_nan_never_reaches_the_weights(

@@ -245,7 +245,7 @@ def _mix(
         with np.errstate(over="ignore", invalid="ignore"):
             values = perturbed(values, region, perturbation, sums, plan.random_seed)
     if part.scale != 1.0:
-        with np.errstate(over="ignore"):
+        with np.errstate(over="ignore"):  # what overflows is found and named by the cast
             values *= np.float32(part.scale)
     return _cast(reader, sources, values, dtype, buffers)
 

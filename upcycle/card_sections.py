@@ -12,7 +12,7 @@ from upcycle.checkpoint import MODELING_FILES
 from upcycle.licenses import Licensing, adapter_of, licensing, seed_records
 from upcycle.markdown import code, grid, link, listed, plain, table
 from upcycle.mixture import router_records
-from upcycle.report_tables import MISSING, cost_table, describe, mix_facts, percent
+from upcycle.report_tables import MISSING, class_of, cost_table, describe, expert_facts, mix_facts, percent
 from upcycle.run_folder import STATE
 from upcycle.run_records import Source
 from upcycle.seeds import VOCABULARIES
@@ -50,9 +50,15 @@ class Subject:
         return self.source.config.get("model_type") == "bam"
 
     @property
+    def native_class(self) -> str:
+        """The class of transformers' own that it is; empty of all that upcycle did not merge as one."""
+        inspection = self.source.inspection
+        return class_of(self.source) if inspection and inspection.format == "native" else ""
+
+    @property
     def untrained(self) -> bool:
         """Whether its routers are as the merge, or text, made them."""
-        merged = self.source.provenance.get("format") == "bam"
+        merged = self.source.provenance.get("format") in ("bam", "native")
         return merged and not self.in_training and not self.routed.get("after_training")
 
     @property
@@ -79,6 +85,8 @@ def what_it_is(subject: Subject) -> str:
     extracted = source.provenance.get("extracted")
     names = [plain(seed.get("name")) for seed in seeds]
     kind = f"A mixture of {len(source.experts)} experts" if source.experts else "One dense model"
+    if len(source.groups) < len(source.experts):
+        kind += f", {len(source.experts) // len(source.groups)} of each of {len(source.groups)} FFNs"
     by = f", by the recipe {code(made['name'])}" if made.get("name") else ""
     if isinstance(extracted, dict):
         whole = f" of {listed(names)}" if names else ""
@@ -92,12 +100,15 @@ def what_it_is(subject: Subject) -> str:
     if made.get("summary"):
         sentences.append(f"{plain(made['summary'])}.")
     sentences += [f"{plain(name)}: {plain(parts)}." for name, parts in _parts(subject, made)]
-    if subject.is_bam:
-        sentences.append(_routing(source.config))
+    sentences += [f"{name}: {plain(value)}." for name, value in expert_facts(made)]
+    if subject.is_bam or subject.native_class:
+        sentences.append(_routing(source))
     if inspection:
         sentences.append(f"The family is {plain(inspection.family)}, the weights are in {plain(inspection.dtype)}.")
     if subject.is_bam:
         sentences.append(f"The files are in upcycle's BAM format, version {plain(source.config['format_version'])}.")
+    if subject.native_class:
+        sentences.append(f"It is a {code(subject.native_class)} of transformers' own, which needs no code but that.")
     if source.training is not None:
         sentences.append("It was trained after that, as said below." if seeds else "Its training is described below.")
     paragraphs = [" ".join(sentences)]
@@ -140,15 +151,25 @@ def _parts(subject: Subject, recipe: Mapping[str, Any]) -> list[tuple[str, str]]
     return [("Kept as experts" if name == "Experts" else name, parts) for name, parts in facts]
 
 
-def _routing(config: Mapping[str, Any]) -> str:
-    rescaled = "rescaled to sum to one" if config["norm_topk_prob"] else "as they are"
+def _routing(source: Source) -> str:
+    """Which experts a token uses: of the layers that have some."""
+    config, count = source.config, len(source.experts)
+    # Classes without that key always rescale.
+    rescaled = "rescaled to sum to one" if config.get("norm_topk_prob", True) else "as they are"
     if config.get("ffn_scale"):
         rescaled = "times one number a layer, such that they sum to one on average"
-    text = f"A token uses {config['num_experts_per_tok']} of {config['num_experts']} FFN experts, gates {rescaled}"
-    if not config["attention_experts"]:
+    shown = source.layers
+    total = config.get("num_hidden_layers")
+    where = "" if len(shown) == total else f" in {len(shown)} of {total} layers ({', '.join(map(str, shown[:12]))}"
+    where += (", …)" if len(shown) > 12 else ")") if where else ""
+    text = f"A token uses {config['num_experts_per_tok']} of {count} FFN experts{where}, gates {rescaled}"
+    if not config.get("attention_experts"):
         return f"{text}; there is one attention."
     shared = ", which share keys and values" if config["shared_key_value"] else ""
-    return f"{text}, and all {config['num_experts']} attention experts{shared}, each by its gate."
+    attentions = config.get("num_attention_experts") or count
+    used = config.get("num_attention_experts_per_tok")
+    chosen = f"{used} of {attentions}" if used else f"all {attentions}"
+    return f"{text}, and {chosen} attention experts{shared}, each by its gate."
 
 
 def _adapter_license(adapter: Mapping[str, Any] | None) -> str:
@@ -181,8 +202,9 @@ def seed_table(subject: Subject) -> str:
         )
     if not rows:
         return ""
-    copied = len(subject.source.experts) if len(rows) == 1 and subject.source.experts else 0
-    note = f"\n\nCopied to each of the {copied} experts." if copied else ""
+    copied = len(subject.source.groups) if len(rows) == 1 and subject.source.experts else 0
+    split = "FFNs that were split" if len(subject.source.groups) < len(subject.source.experts) else "experts"
+    note = f"\n\nCopied to each of the {copied} {split}." if copied else ""
     columns = ["name", "Hub repository", "revision", "licence", "fingerprint"]
     return grid(columns, rows, len(columns)) + note
 
@@ -279,6 +301,11 @@ def limits(subject: Subject) -> str:
         lines.append(
             "It needs transformers with this repository's code. Whether other engines (vLLM, llama.cpp with GGUF, …) "
             "take it has not been measured."
+        )
+    elif subject.native_class:
+        lines.append(
+            f"It needs nothing but transformers. Other engines (vLLM, llama.cpp with GGUF, …) that know "
+            f"{code(subject.native_class)} read the same files; whether they do has not been measured."
         )
     positions = config.get("max_position_embeddings")
     if isinstance(positions, int):

@@ -115,7 +115,7 @@ def _check_kinds(family: Family, config: Mapping[str, Any], where: str) -> None:
         if value is None and key in ("num_key_value_heads", "head_dim"):
             continue
         if type(value) is not int or not 1 <= value <= limit:
-            raise SeedError(f"{where}: config.json says {key} = {value!r}, expected a whole number from 1 to {limit}")
+            raise SeedError(f"{where}: config.json says {key} = {value!r:.80}, expected a whole number from 1 to {limit}")
     for key in sorted(config.keys() & {*family.defaults, *_TABLES, *_LISTS, *_POSITIVE}):
         value, default = config[key], family.defaults.get(key)
         if value is None and (default is None or key in ("sliding_window", "head_dim", "num_key_value_heads")):
@@ -131,11 +131,11 @@ def _check_kinds(family: Family, config: Mapping[str, Any], where: str) -> None:
             if fits and key in _POSITIVE:
                 fits, expected = value > 0, "a number above 0"
         if not fits:
-            raise SeedError(f"{where}: config.json says {key} = {value!r}, expected {expected}")
+            raise SeedError(f"{where}: config.json says {key} = {value!r:.80}, expected {expected}")
     for kind in ("full_attention", "sliding_attention"):
         nested = (config.get("rope_parameters") or {}).get(kind)
         if not isinstance(nested, dict | None):
-            raise SeedError(f"{where}: config.json says rope_parameters.{kind} = {nested!r}, expected a table")
+            raise SeedError(f"{where}: config.json says rope_parameters.{kind} = {nested!r:.80}, expected a table")
 
 
 def _values(family: Family, config: Mapping[str, Any]) -> dict[str, Any]:

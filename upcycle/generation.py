@@ -4,7 +4,7 @@ from pathlib import Path
 
 from upcycle.checkpoint import CONFIG, read_json
 from upcycle.errors import CheckpointError
-from upcycle.mixture import read_mixture
+from upcycle.mixture import is_mixture, read_mixture
 from upcycle.seeds import VOCABULARIES
 
 
@@ -14,7 +14,7 @@ def continue_text(folder: Path, text: str, max_new_tokens: int) -> str:
     Raises:
         CheckpointError: no checkpoint or no tokenizer there, or one that this transformers cannot load.
     """
-    if read_json(folder / CONFIG).get("model_type") == "bam":
+    if is_mixture(folder, read_json(folder / CONFIG)):
         read_mixture(folder)  # transformers would fill a missing tensor with noise and go on
     if not any((folder / name).is_file() for name in VOCABULARIES):
         raise CheckpointError(f"{folder} holds no tokenizer file ({', '.join(VOCABULARIES)}), so no text can be read")

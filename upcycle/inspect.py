@@ -28,6 +28,8 @@ class Inspection:
     family: str
     num_experts: int
     experts: list[str]
+    groups: list[str]  # what the experts are, or were before each was split
+    layers: list[int]  # those that have experts
     recipe: str | None
     recipes: list[str]
     dtype: str
@@ -58,9 +60,11 @@ def inspect_checkpoint(folder: Path, tensors: Mapping[str, TensorInfo] | None = 
     if is_mixture(folder, config):
         mixture = read_mixture(folder, tensors)
         tensors, layout, recipe, experts = mixture.tensors, mixture.layout, mixture.recipe, mixture.experts
+        groups = mixture.groups
     else:
         layout = make_layout(read_dense(config, str(folder)), DENSE, 1)
         tensors, recipe, experts = read_tensors(folder) if tensors is None else tensors, DENSE, []
+        groups = []
     if not tensors:
         raise CheckpointError(f"{folder} holds no tensors")
     ends: dict[Path, int] = {}  # a file ends where its last tensor does
@@ -78,6 +82,8 @@ def inspect_checkpoint(folder: Path, tensors: Mapping[str, TensorInfo] | None = 
         family=layout.model.family.architecture,
         num_experts=count,
         experts=list(experts),
+        groups=groups,
+        layers=list(layout.mixed),
         recipe=recipe.name if experts else None,
         recipes=[] if experts else _fitting(layout.model),
         dtype=dtype,

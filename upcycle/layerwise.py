@@ -17,6 +17,7 @@ from torch import nn
 
 from upcycle.errors import CheckpointError
 from upcycle.expert_modules import attention_experts, ffn_experts
+from upcycle.modeling.modeling_bam import BamFeedForward
 from upcycle.weights import decoder_layers
 
 
@@ -27,7 +28,7 @@ class Router:
     Attributes:
         layer: number of its decoder layer.
         kind: "attention" or "ffn".
-        module: what holds its `weight [N, D]`, and is called with its input.
+        module: what holds its `weight [N, D]` (and, BAM's, maybe a `bias [N]`), and is called with its input.
     """
 
     layer: int
@@ -44,7 +45,8 @@ def find_routers(model: Any) -> list[Router]:
     """All routers, layer by layer in the order in which a forward calls them, an attention's before an FFN's.
 
     Raises:
-        CheckpointError: the model has FFN experts but no plain router before them, whose logits are `weight x`.
+        CheckpointError: the model has FFN experts but no plain router before them, whose logits are `weight x`, and in
+            BAM `weight x + bias`.
     """
     attention, ffn = attention_experts(model), ffn_experts(model)
     layers = decoder_layers(model)
@@ -68,7 +70,8 @@ def _ffn_router(layer: Any, experts: Any, number: int) -> Any:
         for module in block.modules()
         if isinstance(weight := getattr(module, "weight", None), nn.Parameter) and tuple(weight.shape) == shape
     ]
-    if len(found) != 1 or getattr(found[0], "bias", None) is not None:
+    biased = not isinstance(block, BamFeedForward) and any(getattr(one, "bias", None) is not None for one in found)
+    if len(found) != 1 or biased:
         raise CheckpointError(
             f"layer {number} has {len(found)} modules with a weight {list(shape)} that could be its FFN router, "
             "expected one, without a bias; upcycle cannot set routers of this architecture"

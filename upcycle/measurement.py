@@ -1,6 +1,6 @@
 """One model measured on held-out text: its losses by document, what its routers do, downstream tasks."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -16,6 +16,7 @@ from upcycle.evaluate import token_losses
 from upcycle.evaluation_inputs import EvaluationOptions
 from upcycle.expert_modules import ffn_experts, selections_are_told
 from upcycle.heldout import Heldout
+from upcycle.mixture import own_experts
 from upcycle.numeric import Array
 from upcycle.routing import RoutingTally
 from upcycle.similarity import MAX_TOKENS, expert_similarity
@@ -84,7 +85,7 @@ class Measurement:
         sums: dict[str, DocumentSums] = {}
         routing: dict[str, Any] = {}
         for name, part in heldout.items():
-            tally = None if top_k is None else RoutingTally(top_k, self._own_expert(name))
+            tally = None if top_k is None else RoutingTally(top_k, self._own_experts(name))
             done = partial(windows_done, self.name, name)
             losses = self._guarded(token_losses, self.model, part, self._batch(part), self.device, tally, done)
             sums[name] = document_sums(losses, part)
@@ -94,7 +95,7 @@ class Measurement:
                     "bf16 (--precision fp32)"
                 )
             if tally:
-                routing[name] = _rounded(tally.means()) | {"own_expert": None if tally.own_expert is None else name}
+                routing[name] = _rounded(tally.means()) | {"own_expert": name if tally.own_experts else None}
                 routing[name].setdefault("own_share", None)
         result: dict[str, Any] = {}
         if self.facts.kind != "dense" and heldout:
@@ -111,10 +112,10 @@ class Measurement:
         self.model.to("meta")  # lets the memory go at once, whoever still holds the model
         return result, sums
 
-    def _own_expert(self, domain: str) -> int | None:
-        """The number of the expert that came from a domain, where experts have names."""
-        experts = [] if all(name.isdecimal() for name in self.facts.experts) else list(self.facts.experts)
-        return experts.index(domain) if domain in experts else None
+    def _own_experts(self, domain: str) -> Sequence[int]:
+        """The numbers of the experts that came from a domain, where experts have names: several if one was split."""
+        named = not all(name.isdecimal() for name in self.facts.groups)
+        return own_experts(self.facts.experts, self.facts.groups, domain) if named else ()
 
     def _routing(self, domains: Mapping[str, Any], windows: list[torch.Tensor]) -> dict[str, Any]:
         similarity = self._guarded(expert_similarity, self.model, windows)
@@ -124,6 +125,7 @@ class Measurement:
                 raise CheckpointError(f"{self.name}: a weight of its {what} experts is no finite number; it is damaged")
         return {
             "experts": list(self.facts.experts),
+            "groups": list(self.facts.groups),
             "layers": list(ffn_experts(self.model)),
             "top_k": self.facts.top_k,
             "domains": domains,

@@ -15,10 +15,11 @@ from math import ceil, prod
 from typing import Final
 
 from upcycle.layout import Layout, MixtureTensor
-from upcycle.recipe import Recipe
+from upcycle.recipe import MEAN, Recipe
 
 FP32: Final = 4  # bytes
 BF16: Final = 2
+OUT_OF_EXPERTS: Final = ("down_proj", ".w2.", "output_linear")  # the classes' names
 INDEX: Final = 8
 # Bytes on the device of one parameter's two moments; 8-bit ones have an fp32 scale a block of 256 (arXiv:2110.02861).
 MOMENTS: Final = {"adamw": Fraction(8), "adamw-8bit": 2 * (1 + Fraction(FP32, 256)), "adamw-offload": Fraction(0)}
@@ -75,7 +76,7 @@ def training_memory(
         sequences: in one forward, each of `sequence_length` tokens.
         precision: "fp32" or "bf16".
         optimizer: "adamw"; "adamw-8bit": 8-bit moments; "adamw-offload": moments and the update on the host.
-        trained: "all", "experts" (FFN experts, attention where it is a mixture, routers) or "routers".
+        trained: "all", "experts" (FFN experts, shared ones too, attention where it is a mixture, routers) or "routers".
         lora_rank: of adapters on all matrices of the layers; beside them the routers alone are trained. Those of
             stacked experts are added to a copy of the weights, which counts as an activation.
         activation_checkpointing: a layer keeps its input alone and runs again in the backward.
@@ -108,6 +109,11 @@ def held(tensor: MixtureTensor, count: int, shards: int) -> int:
     return ceil(Fraction(count * ceil(length / shards), length))
 
 
+def is_router(tensor: MixtureTensor) -> bool:
+    """Whether it chooses experts; a shared expert that a class must have starts as a router does, but chooses none."""
+    return tensor.router not in ("", "none")
+
+
 def _peak(stages: list[Stage], count_gradients: bool) -> int:
     """Most bytes in the backward: what is kept up to a stage, its needs, and the gradients so far, where counted."""
     saved, gradients, peak = sum(stage.saved for stage in stages), 0, 0
@@ -130,37 +136,47 @@ class Counter:
     choice: str
     rank: int
     shards: int
+    shown: int | None = None  # the layer whose tensors are counted, not the first with experts
 
     @cached_property
     def tensors(self) -> dict[str, list[MixtureTensor]]:
-        """The tensors of each stage; of the layers the first's with experts, as if all were like it."""
+        """The tensors of each stage; of the layers those of one."""
         family, places = self.layout.model.family, defaultdict(list)
-        layer = self.layout.mixed[0] if self.layout.mixed else 0
+        layer = next(iter(self.layout.mixed), 0) if self.shown is None else self.shown
+        block = self.layout.native.block if self.layout.native else "mlp"
         for tensor in self.layout.mixture:
             _, inside, at = tensor.name.partition(f"{family.base}.layers.")
             if not inside:  # a tied embedding is the output head
                 places["embedding" if tensor.active == "lookup" else "head"].append(tensor)
             elif at.startswith(f"{layer}.{family.attention}."):
                 places["output" if f"{family.attention}.{family.output}." in at else "projections"].append(tensor)
-            elif at.startswith(f"{layer}.mlp."):
-                places["ffn_out" if family.ffn_out in at or "down_proj" in at else "ffn_in"].append(tensor)
+            elif at.startswith((f"{layer}.mlp.", f"{layer}.{block}.")):
+                last = any(name in at for name in (family.ffn_out, *OUT_OF_EXPERTS))
+                places["ffn_out" if last else "ffn_in"].append(tensor)
             elif at.startswith(f"{layer}."):
                 places["norms"].append(tensor)
         return places
 
     def adapters(self, tensor: MixtureTensor) -> int:
         """Parameters of two thin matrices for each matrix of a layer."""
-        if tensor.router or not tensor.multiplies or ".layers." not in tensor.name:
+        if is_router(tensor) or not tensor.multiplies or ".layers." not in tensor.name:
             return 0
         return self.rank * sum(tensor.shape[-2:]) * (tensor.size // prod(tensor.shape[-2:]))
 
     def trained(self, tensor: MixtureTensor) -> int:
         """Trained parameters of a tensor, or of its adapters."""
-        if self.rank and not tensor.router:
+        if self.rank and not is_router(tensor):
             return self.adapters(tensor)
-        attention = self.recipe.attention_experts and f".{self.layout.model.family.attention}." in tensor.name
-        chosen = self.choice == "all" or (self.choice == "experts" and (tensor.active == "top_k" or attention))
-        return tensor.size if tensor.router or chosen else 0
+        chosen = self.choice == "all" or (self.choice == "experts" and self.of_experts(tensor))
+        return tensor.size if is_router(tensor) or chosen else 0
+
+    def of_experts(self, tensor: MixtureTensor) -> bool:
+        """Whether it is a routed or shared expert's, or of the attention of a layer whose attention is a mixture."""
+        if tensor.active == "top_k" or tensor.shared or tensor.router:
+            return True
+        _, inside, at = tensor.name.partition(f"{self.layout.model.family.base}.layers.")
+        mixed = inside and int(at.partition(".")[0]) in self.layout.mixed
+        return bool(mixed and self.recipe.attention_experts and f".{self.layout.model.family.attention}." in at)
 
     def largest_group(self) -> tuple[int, int]:
         """Parameters and trained ones of the largest group that FSDP2 has whole at once: a layer, or all the rest."""
@@ -170,7 +186,14 @@ class Counter:
         return max(sizes), max(sum(self.trained(tensor) for tensor in group) for group in groups)
 
     def learns(self, place: str) -> bool:
-        return any(self.trained(tensor) for tensor in self.tensors[place] if not tensor.router)
+        return any(self.trained(tensor) for tensor in self.tensors[place] if not is_router(tensor))
+
+    @cached_property
+    def unmixed(self) -> "Counter":
+        """The counter of the layers without experts, where there are some beside those with experts."""
+        layers = sorted({*range(self.layout.model.sizes.layers)} - {*self.layout.mixed})
+        dense = replace(self.recipe, mix=dict.fromkeys(self.recipe.mix, MEAN))
+        return replace(self, recipe=dense, shown=layers[0])
 
     def stage(self, place: str, tokens: int, saved: int, transient: int) -> Stage:
         """A stage from its bytes a token, and of weights where copies are kept: cast, or with adapters added."""
@@ -185,10 +208,12 @@ class Counter:
         sizes, values = self.layout.model.sizes, self.layout.model.values
         vocab, tied = FP32 * sizes.vocab, self.layout.model.tied and self.learns("head")  # tied: two gradients, added
         stages = [replace(self.stage("embedding", tokens, INDEX, 0), transient=tied * vocab * sizes.hidden)]
-        for kind in (values.get("layer_types") or ["sliding_attention"] * sizes.layers)[: sizes.layers]:
+        kinds = (values.get("layer_types") or ["sliding_attention"] * sizes.layers)[: sizes.layers]
+        for number, kind in enumerate(kinds):
             masked = kind == "sliding_attention" and self.length > (values.get("sliding_window") or self.length)
-            pairs = (*self.attention(masked), *self.ffn())
-            layer = [self.stage(place, tokens, *pair) for place, pair in zip(LAYER, pairs, strict=True)]
+            counter = self if number in self.layout.mixed or not self.layout.mixed else self.unmixed
+            pairs = (*counter.attention(masked), *counter.ffn())
+            layer = [counter.stage(place, tokens, *pair) for place, pair in zip(LAYER, pairs, strict=True)]
             if checkpointing:
                 gradients = sum(stage.gradients for stage in layer)
                 layer = [Stage(tokens * self.wide * sizes.hidden, _peak(layer, True) - gradients, gradients)]

@@ -44,6 +44,13 @@ class Mixture:
         return [name.removesuffix(".0") if shards > 1 else name for name in self.experts[::shards]]
 
 
+def own_experts(experts: Sequence[str], groups: Sequence[str], name: str) -> range:
+    """The numbers of the experts that the FFN of a name became: one, several where it was split, none of no name."""
+    shards = len(experts) // max(1, len(groups))
+    first = groups.index(name) * shards if name in groups else 0
+    return range(first, first + shards if name in groups else first)
+
+
 def is_mixture(folder: Path, config: Mapping[str, Any]) -> bool:
     """Whether a checkpoint is BAM's, or a native one whose upcycle.json says of which models it was made."""
     model_type = config.get("model_type")
@@ -133,6 +140,8 @@ def _read_bam(folder: Path, config: Mapping[str, Any], provenance: Mapping[str, 
     recorded = provenance.get("recipe")
     name = recorded.get("name") if isinstance(recorded, dict) else None
     models = config.get("num_attention_experts", count // shards)
+    if not config["attention_experts"]:  # then the config does not tell those apart that were added
+        models -= _extra(recorded, count // shards)
     layers = config.get("mixed_layers")
     bias = {"an expert": 0.0} if config.get("router_bias") else {}
     active = config.get("num_attention_experts_per_tok")
@@ -150,6 +159,13 @@ def _read_bam(folder: Path, config: Mapping[str, Any], provenance: Mapping[str, 
         attention_router=AttentionRouter(routing="soft" if active is None else "top-k", top_k=active or 1),
     )
     return recipe, names, config["dense_config"], models
+
+
+def _extra(recipe: Any, groups: int) -> int:
+    """How many of so many FFNs were added to the seeds', by a recorded recipe, which may be anybody's."""
+    experts = recipe.get("experts") if isinstance(recipe, dict) else None
+    extra = experts.get("extra") if isinstance(experts, dict) else None
+    return extra if type(extra) is int and 0 < extra < groups else 0
 
 
 def _check_kinds(folder: Path, config: Mapping[str, Any]) -> None:

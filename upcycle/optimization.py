@@ -8,13 +8,14 @@ import torch
 from torch import nn
 
 from upcycle.errors import TrainingError
+from upcycle.modeling.modeling_bam import GatedOutput
 from upcycle.offload import OffloadedAdamW
 
 BETAS: Final = (0.9, 0.95)
 # Names of parameters that routers and experts have in BAM and in transformers' own mixtures.
-_ROUTER: Final = re.compile(r"\.(router|gate)\.(weight|bias)$")
-_EXPERT: Final = re.compile(r"\.experts\.|\.shared_experts?\.")
-_ATTENTION_EXPERT: Final = re.compile(r"\.(self_attn|attention)\.")
+_ROUTER: Final = re.compile(r"\.(router|gate)\.(layer\.)?(weight|bias)$")
+# Shared experts, and the gates that some have, are experts: no other FFN stands in their place.
+_EXPERT: Final = re.compile(r"\.experts\.|\.shared\.\d+\.|\.shared_(experts?|mlp|expert_gate)\.")
 
 
 def parse_trained(spec: str) -> tuple[str, int]:
@@ -32,15 +33,16 @@ def parse_trained(spec: str) -> tuple[str, int]:
 
 
 def is_router(name: str) -> bool:
-    """Whether a parameter is a router's: BAM's `router`, `gate` in transformers' own mixtures."""
+    """Whether a parameter is a router's, or its bias: BAM's `router`, `gate` in transformers' own mixtures."""
     return _ROUTER.search(name) is not None
 
 
-def choose_trained(model: nn.Module, trained: str, attention_experts: bool) -> None:
+def choose_trained(model: nn.Module, trained: str) -> None:
     """Let gradients reach what is trained, and nothing else.
 
     Args:
-        trained: "all", "experts" (FFN experts, the attention where it is a mixture, and routers) or "routers".
+        trained: "all", "experts" (FFN experts, shared ones too, the attention where it is a mixture, and routers; not
+            what layers without experts have in their place) or "routers".
 
     Raises:
         TrainingError: a dense model has neither experts nor routers.
@@ -48,12 +50,13 @@ def choose_trained(model: nn.Module, trained: str, attention_experts: bool) -> N
     if trained == "all":
         return
     count = 0
+    attentions = tuple(
+        name.rpartition(".")[0] + "." for name, one in model.named_modules() if isinstance(one, GatedOutput)
+    )
     for name, parameter in model.named_parameters():
         chosen = is_router(name)
         if trained == "experts":
-            chosen = (
-                chosen or bool(_EXPERT.search(name)) or (attention_experts and bool(_ATTENTION_EXPERT.search(name)))
-            )
+            chosen = chosen or bool(_EXPERT.search(name)) or name.startswith(attentions)
         parameter.requires_grad_(chosen)
         count += chosen
     if not count:

@@ -198,6 +198,7 @@ def heat_picture(
     alt: str,
     bright_is_low: bool = False,
     digits: int = 2,
+    row_label: str = "",
 ) -> Picture:
     """One heat map a panel, all on one scale; `rows` None counts layers from 0. `mark` is pointed out on the scale.
 
@@ -224,8 +225,8 @@ def heat_picture(
             image = place.imshow(values, vmin=low, vmax=high, cmap=colors, aspect="auto", interpolation="none")
             place.set_title(short(label, 24), fontweight="normal")
             _label_cells(place, shape, columns, rows, angle)
-            if rows is None and index % across == 0:
-                place.set_ylabel("layer")
+            if (row_label or rows is None) and index % across == 0:
+                place.set_ylabel(row_label or "layer")
             if shape[1] > 8 and index + across >= len(panels):
                 place.set_xlabel("expert, counted from 0")
             if printed:
@@ -257,6 +258,9 @@ def _label_cells(
     if rows is not None:
         if shape[0] <= 8:
             axes.set_yticks(range(shape[0]), [short(name, 12) for name in rows])
+        elif all(name.isdecimal() for name in rows):  # layers, of which some have no row
+            shown = range(0, shape[0], math.ceil(shape[0] / 6))
+            axes.set_yticks(shown, [rows[index] for index in shown])
         else:
             axes.yaxis.set_major_locator(_whole_numbers())
     else:

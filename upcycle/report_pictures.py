@@ -124,14 +124,14 @@ def speed_picture(runs: Sequence[Source]) -> Iterator[Picture]:
 
 def routing_pictures(routing: Routing, stem: str) -> Iterator[Picture]:
     """Heat maps of loads and gates, own experts' shares and entropies; `stem` is added to each file's name."""
-    uniform = 1 / max(1, routing.num_experts)
     if routing.load:
         yield _shares(
             f"load{stem}",
             "FFN load by layer and expert",
             routing,
             routing.load,
-            f"share of the routed tokens; uniform: {uniform:.3g}",
+            _names(routing, next(iter(routing.load.values())).shape[1]),
+            "share of the routed tokens",
             "Which FFN experts the router sends each domain's tokens to; a row adds up to 1. The line on the scale "
             "is what an even spread would give: columns that stay dark in every domain are idle experts.",
         )
@@ -141,17 +141,24 @@ def routing_pictures(routing: Routing, stem: str) -> Iterator[Picture]:
             "Attention gates by layer and expert",
             routing,
             routing.gates,
-            f"mean gate; uniform: {uniform:.3g}",
-            "How much each attention expert counts, every token using all of them; a row adds up to 1. The line on "
-            "the scale is the even mixture.",
+            _attention_names(routing, next(iter(routing.gates.values())).shape[1]),
+            "mean gate",
+            "How much each attention expert counts by its router's softmax, of which a recipe may keep the largest "
+            "alone; a row adds up to 1. The line on the scale is the even mixture.",
         )
     yield from _layer_pictures(routing, stem)
 
 
 def _shares(
-    name: str, title: str, routing: Routing, shares: Mapping[str, Array], bar_label: str, caption: str
+    name: str,
+    title: str,
+    routing: Routing,
+    shares: Mapping[str, Array],
+    names: Sequence[str],
+    bar_label: str,
+    caption: str,
 ) -> Picture:
-    names = _names(routing, next(iter(shares.values())).shape[1])
+    uniform = 1 / len(names)
     highest = max((float(np.nanmax(values)) for values in shares.values() if np.isfinite(values).any()), default=1.0)
     told = []
     for domain, values in shares.items():
@@ -163,11 +170,12 @@ def _shares(
         title,
         shares,
         columns=names,
-        rows=None,
+        rows=_layers(routing, len(next(iter(shares.values())))),
+        row_label="layer",
         low=0.0,
-        high=max(highest, 1.5 / max(1, routing.num_experts)),
-        bar_label=bar_label,
-        mark=1 / max(1, routing.num_experts),
+        high=max(highest, 1.5 * uniform),
+        bar_label=f"{bar_label}; uniform: {uniform:.3g}",
+        mark=uniform,
         caption=caption,
         alt=f"{title}, one heat map a domain. {'; '.join(told)}.",
     )
@@ -178,17 +186,36 @@ def _names(routing: Routing, count: int) -> list[str]:
     return list(routing.experts) if len(routing.experts) == count else [str(index) for index in range(count)]
 
 
+def _attention_names(routing: Routing, count: int) -> list[str]:
+    """The attention experts' names: those of FFNs before they were split, of which the last may have been added."""
+    names = routing.groups or routing.experts
+    return list(names[:count]) if len(names) >= count else [str(index) for index in range(count)]
+
+
+def _layers(routing: Routing, count: int) -> list[str] | None:
+    """The numbers of the layers with experts, where others have none."""
+    known = len(routing.layers) == count and list(routing.layers) != list(range(count))
+    return [str(layer) for layer in routing.layers] if known else None
+
+
+def _numbers(routing: Routing, count: int) -> Sequence[int]:
+    return routing.layers if len(routing.layers) == count else range(count)
+
+
 def _layer_pictures(routing: Routing, stem: str) -> Iterator[Picture]:
     experts = max(1, routing.num_experts)
     chosen = routing.top_k / experts
-    even = (math.log(experts), f"even, {math.log(experts):.2f}")
+    gates = next(iter(routing.gates.values()), None)
+    attention = experts if gates is None else gates.shape[1]
+    even, even_attention = ((math.log(n), f"even, {math.log(n):.2f}") for n in (experts, attention))
     reads = "High: tokens are spread over all experts. Low: the router is sure. The dashed line is an even spread."
     wanted = [
         ("own-expert", "Own expert's share", routing.own_share, "share of tokens", (chosen, f"uniform, {chosen:.2g}"),
          "How often the router picks the expert that came from the text's own domain, by layer. Above the dashed line, "
          "it does so more often than chance."),
         ("entropy", "Entropy of the FFN router", routing.entropy, "nats", even, reads),
-        ("attention-entropy", "Entropy of the attention router", routing.attention_entropy, "nats", even, reads),
+        ("attention-entropy", "Entropy of the attention router", routing.attention_entropy, "nats", even_attention,
+         reads),
     ]  # fmt: skip
     for name, title, values, unit, reference, caption in wanted:
         shown = {key: layers for key, layers in values.items() if np.isfinite(layers).any()}
@@ -197,7 +224,7 @@ def _layer_pictures(routing: Routing, stem: str) -> Iterator[Picture]:
             yield line_picture(
                 f"{name}{stem}",
                 title,
-                [Curve(key, range(len(layers)), layers.tolist()) for key, layers in shown.items()],
+                [Curve(key, _numbers(routing, len(layers)), layers.tolist()) for key, layers in shown.items()],
                 x_label="layer",
                 y_label=unit,
                 reference=reference,
@@ -214,14 +241,15 @@ def similarity_pictures(routing: Routing, stem: str) -> Iterator[Picture]:
         layers = routing.similarity.get(key)
         if layers is None or layers.shape[1] != layers.shape[2] or layers.shape[1] < 2:
             continue
-        names = _names(routing, layers.shape[1])
+        names = (_attention_names if key.startswith("attention") else _names)(routing, layers.shape[1])
         others = np.where(np.eye(layers.shape[1], dtype=bool), np.nan, np.nan_to_num(layers))
         most = int(np.nanmean(others, axis=(1, 2)).argmax())
+        layer = _numbers(routing, len(layers))[most]
         one, two = np.unravel_index(int(np.nanargmax(others[most])), others[most].shape)
         yield heat_picture(
             f"similarity-{key.replace('_', '-')}{stem}",
             f"{title}: experts compared",
-            {"mean over layers": np.nan_to_num(layers).mean(0), f"layer {most}, most alike": layers[most]},
+            {"mean over layers": np.nan_to_num(layers).mean(0), f"layer {layer}, most alike": layers[most]},
             columns=names,
             rows=names,
             low=float(np.floor(np.nanmin(others) * 10) / 10),  # from 0 on, related experts would all look the same
@@ -229,7 +257,7 @@ def similarity_pictures(routing: Routing, stem: str) -> Iterator[Picture]:
             bar_label="cosine; 1: the same",
             mark=None,
             caption=caption,
-            alt=f"{title}: heat maps of the cosines between experts. They are most alike in layer {most}, there "
+            alt=f"{title}: heat maps of the cosines between experts. They are most alike in layer {layer}, there "
             f"{names[one]} and {names[two]} with {others[most][one, two]:.2f}.",
         )
 

@@ -21,7 +21,14 @@ _ROLE_NAMES: Final = {
     "embedding": "embedding",
     "head": "head",
 }
-_MIX_NAMES: Final = {"experts": "Experts", "mean": "Averaged", "weighted": "Weighted mean", "usage": "By token"}
+_MIX_NAMES: Final = {
+    "experts": "Experts",
+    "mean": "Averaged",
+    "weighted": "Weighted mean",
+    "usage": "By token",
+    "equal": "The same in all",
+    "ancestor": "Of the ancestor alone",
+}
 
 
 @dataclass(frozen=True)
@@ -111,7 +118,7 @@ def describe(source: Source) -> Model:
     """What one source is, was made of and costs."""
     inspection, recipe = source.inspection, _table(source.provenance.get("recipe"))
     experts = source.experts
-    mixed = bool(experts) or source.provenance.get("format") == "bam"
+    mixed = bool(experts) or source.provenance.get("format") in ("bam", "native")
     kind = (
         f"mixture of {len(experts)} experts"
         if experts
@@ -126,7 +133,9 @@ def describe(source: Source) -> Model:
         facts.append(("Family", clean(source.config["model_type"])))
     if recipe.get("name"):
         facts.append(("Recipe", clean(recipe["name"])))
-    facts += mix_facts(_table(recipe.get("mix"))) + _router_facts(recipe)
+    if inspection and inspection.format == "native":
+        facts.append(("Class", f"{clean(class_of(source))}, of transformers' own"))
+    facts += mix_facts(_table(recipe.get("mix"))) + expert_facts(recipe) + _router_facts(recipe)
     if mixed and not recipe:
         facts.append(("Routers", f"top {source.top_k} of {len(experts)} FFN experts"))
     extracted = source.provenance.get("extracted")
@@ -144,6 +153,12 @@ def describe(source: Source) -> Model:
         facts=facts,
         tables=tables,
     )
+
+
+def class_of(source: Source) -> str:
+    """The class that its config.json names."""
+    named = source.config.get("architectures")
+    return str(named[0]) if isinstance(named, list) and named else str(source.config.get("model_type"))
 
 
 def _table(value: object) -> Mapping[str, Any]:
@@ -165,16 +180,43 @@ def mix_facts(mix: Mapping[str, Any]) -> list[tuple[str, str]]:
     return [(_MIX_NAMES.get(way, f"Of {way.removeprefix('seed:')} alone"), ", ".join(ways[way])) for way in order]
 
 
+def expert_facts(recipe: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """What a recipe makes of the FFNs beside taking each for one expert, and in which layers."""
+    facts = []
+    experts, layers = _table(recipe.get("experts")), _table(recipe.get("layers"))
+    if layers.get("mix"):
+        facts.append(("Layers with experts", f"{clean(layers['mix'])}; the others are mixed as the norms are"))
+    if experts.get("granularity", 1) != 1:
+        facts.append(("Each FFN split into", f"{clean(experts['granularity'])} experts"))
+    if experts.get("extra"):
+        facts.append(("Extra experts", f"{clean(experts['extra'])}, of {clean(experts.get('extra_from'))}"))
+    shared = experts.get("shared")
+    if isinstance(shared, list) and shared:
+        share = f"{clean(experts.get('shared_weight'))} of the output"
+        facts.append(("Shared experts", f"{', '.join(map(clean, shared))}; {share}"))
+    if experts.get("noise"):
+        facts.append(("Noise on experts", f"{clean(experts['noise'])} standard deviations"))
+    if experts.get("drop"):
+        facts.append(("Inner units drawn anew", f"{clean(experts['drop'])} of each expert's"))
+    return facts
+
+
 def _router_facts(recipe: Mapping[str, Any]) -> list[tuple[str, str]]:
     facts = []
     routers, loss = _table(recipe.get("router")), _table(recipe.get("loss"))
     if "ffn" in routers:
         router = _table(routers["ffn"])
         gates = "gates rescaled to 1" if router.get("normalize") else "gates as they are"
-        facts.append(("FFN router", f"top {clean(router.get('top_k'))}, {gates}, {_init(router)}"))
+        bias = ", ".join(f"{clean(name)} {clean(value)}" for name, value in _table(router.get("bias")).items())
+        biased = f", bias {bias}" if bias else ""
+        facts.append(("FFN router", f"top {clean(router.get('top_k'))}, {gates}, {_init(router)}{biased}"))
     if "attention" in routers:
         router = _table(routers["attention"])
-        facts.append(("Attention router", f"{clean(router.get('routing'))}, {_init(router)}"))
+        routing = clean(router.get("routing"))
+        if routing == "top-k":
+            rescaled = "gates rescaled to 1" if router.get("normalize") else "gates as they are"
+            routing = f"top {clean(router.get('top_k'))}, {rescaled}"
+        facts.append(("Attention router", f"{routing}, {_init(router)}"))
     if loss:
         terms = f"{clean(loss.get('load_balance'))} × load balance + {clean(loss.get('z'))} × z"
         facts.append(("Routers' losses", terms))
@@ -202,8 +244,9 @@ def _seed_table(source: Source) -> Table:
         ]
         for seed in records
     ]
-    copied = len(source.experts) > 1 == len(records)
-    note = f"Copied into each of the {len(source.experts)} experts." if copied else ""
+    copied = len(source.groups) > 1 == len(records)
+    split = "FFNs that were split" if len(source.groups) < len(source.experts) else "experts"
+    note = f"Copied into each of the {len(source.groups)} {split}." if copied else ""
     return Table("Seeds", ["seed", "revision", "licence", "fingerprint"], rows, note, text_columns=4)
 
 
@@ -228,7 +271,7 @@ def cost_table(source: Source) -> Table:
         "cache_bytes_per_token": ("Cache, per token", "B"),
     }
     cost, dense = asdict(inspection.cost), asdict(inspection.dense)
-    mixed = inspection.format == "bam"
+    mixed = inspection.format != "dense"
     rows = []
     for key, (name, unit) in names.items():
         row = [Cell(name), Cell(quantity(cost[key], unit))]
@@ -375,7 +418,8 @@ def own_expert_table(routing: Routing) -> Table:
         for name, shares in routing.own_share.items()
         if np.isfinite(shares).any()
     ]
-    note = "Share of the tokens for which the FFN router picks the expert that came from the text's own domain."
+    note = "Share of the tokens for which the FFN router picks the expert that came from the text's own domain"
+    note += ", of one that was split the part that it picks." if len(routing.groups) < len(routing.experts) else "."
     columns = ["domain", "its expert", "mean over layers", "if uniform"]
     return Table("Own expert", columns, rows, note, text_columns=2)
 

@@ -21,7 +21,7 @@ from upcycle.numeric import TORCH_NAMES
 from upcycle.preflight import check_place
 from upcycle.recipe import SOFTNESS, AttentionRouter, FfnRouter
 from upcycle.router_text import RouterText
-from upcycle.routers import RouterFit, fit_warnings, set_routers
+from upcycle.routers import RouterFit, fit_warnings, scale_by_layer, set_routers
 from upcycle.run_folder import RECORD
 from upcycle.staging import check_target, is_part, staging
 from upcycle.training_settings import ModelFacts
@@ -104,9 +104,8 @@ def set_checkpoint_routers(
     for fit in fits:
         for name, tensor in places(fit.router).items():
             sums[name] = _write(stored[name], tensor)
-    scales = ffn_scales(model)
-    if scales:
-        config["ffn_scale"] = [round(float(scale), 6) for scale in scales.values()]
+    if ffn_scales(model):
+        config["ffn_scale"] = [round(scale, 6) for scale in scale_by_layer(model)]
         write_json(folder / CONFIG, config)
     return _recorded(folder, text, settings, fits), sums
 
@@ -185,10 +184,12 @@ def router_settings(
         only: "ffn" or "attention", to leave the other kind as it is.
 
     Raises:
-        RecipeError: the model is dense, it has no attention routers where those are wanted, or a softness of no use.
+        RecipeError: the model is dense, it has no attention routers where those are wanted, it has experts that no text
+            belongs to, or a softness of no use.
     """
     if facts.kind == "dense":
         raise RecipeError("the model is dense, so it has no routers; expected a mixture")
+    _check_experts(facts)
     soft = SOFTNESS if softness is None else softness
     if not 0 < soft <= MAX_SOFTNESS:
         raise RecipeError(f"--softness {soft}: expected above 0, at most {MAX_SOFTNESS}; 1 is the fit's own")
@@ -198,16 +199,25 @@ def router_settings(
         record = record if isinstance(record, dict) else {}
     keep_scale = record.get("keep_scale") is not False
     normalize = bool(facts.config.get("norm_topk_prob"))
+    top_k = (facts.top_k or 1) // facts.recipe.experts.granularity
     settings: dict[str, FfnRouter | AttentionRouter] = {}
     if only != "attention":
-        settings["ffn"] = FfnRouter(
-            top_k=facts.top_k or 1, normalize=normalize, init=init, softness=soft, keep_scale=keep_scale
-        )
+        settings["ffn"] = FfnRouter(top_k=top_k, normalize=normalize, init=init, softness=soft, keep_scale=keep_scale)
     if only != "ffn" and facts.attention_experts:
         settings["attention"] = AttentionRouter(init=init, softness=soft)
     if not settings:
         raise RecipeError("--only attention: this mixture has one attention a layer, and no attention routers")
     return settings
+
+
+def _check_experts(facts: ModelFacts) -> None:
+    """Refuse experts that are no seed's alone."""
+    extra = facts.recipe.experts.extra
+    if extra:
+        raise RecipeError(
+            f"the mixture has extra experts that no text belongs to ({', '.join(facts.groups[-extra:][:4])}), so its "
+            "routers cannot be set from text; train it"
+        )
 
 
 def _device(stored: Mapping[str, TensorInfo], text: RouterText, hidden: int) -> torch.device:

@@ -1,12 +1,16 @@
 """Routers from text: each learns to tell, from its own input, which expert's text a token comes from.
 
-A router's logits are `W x`, without a bias. "fit" takes the W of the multinomial logistic regression of the expert on
-the router's true input, every expert's text counting alike, with a small ridge; "prototypes" takes the differences of
-the experts' mean inputs from their mean, over the variance within an expert (the linear discriminant of classes with
-one isotropic covariance): closed form, as good where classes lie like that. Either W is then multiplied by `softness`:
-below 1 gates are softer than the regression believes, so that experts also learn from each other's text.
+A router's logits are `W x`, plus a bias where it has one, which stays as it is. "fit" takes the W of the multinomial
+logistic regression of the expert on the router's true input, every expert's text counting alike, with a small ridge;
+"prototypes" takes the differences of the experts' mean inputs from their mean, over the variance within an expert (the
+linear discriminant of classes with one isotropic covariance): closed form, as good where classes lie like that. Either
+W is then multiplied by `softness`: below 1 gates are softer than the regression believes, so that experts also learn
+from each other's text.
 
-Axes: T tokens, N experts, D hidden.
+Where each FFN was split into G experts (`granularity`), a text belongs to a whole FFN: its row stands G times, so that
+a token takes all G or none, and each of the G gates is 1/G of the FFN's.
+
+Axes: T tokens, N experts (before they are split), D hidden.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -20,6 +24,7 @@ from upcycle.expert_modules import ffn_scales
 from upcycle.layerwise import Router, set_layer_by_layer
 from upcycle.recipe import AttentionRouter, FfnRouter
 from upcycle.router_text import RouterText
+from upcycle.weights import decoder_layers
 
 RIDGE: Final = 1e-3  # times |W|^2, for inputs of mean square 1: keeps W finite where experts' texts are separable
 ITERATIONS: Final = 50  # of L-BFGS, at most
@@ -73,7 +78,8 @@ def set_routers(
 ) -> list[RouterFit]:
     """Set those routers of a model that `settings` names, one pass over the text in all.
 
-    Where the model's FFN layers have a scale (`ffn_scale` of a BAM mixture), it is set with their router.
+    Where the model's FFN layers have a scale (`ffn_scale` of a BAM mixture), it is set with their router. A router has
+    as many rows as there are texts, or a multiple of that.
 
     Args:
         model: a BAM mixture or one of transformers' own, on its device.
@@ -99,8 +105,11 @@ def set_routers(
         setting = settings[router.kind]
         known, answers = inputs[~held_back].float(), labels[~held_back]
         weight = {"fit": logistic, "prototypes": prototypes}[setting.init](known, answers, experts)
-        router.module.weight.copy_((setting.softness * weight).to(dtype))
-        gates = torch.nn.functional.linear(inputs[held_back], router.module.weight).softmax(-1, dtype=torch.float32)
+        shards = shards_of(router, experts)
+        router.module.weight.copy_((setting.softness * weight).to(dtype).repeat_interleave(shards, 0))
+        bias = getattr(router.module, "bias", None)
+        logits = torch.nn.functional.linear(inputs[held_back], router.module.weight, bias)
+        gates = logits.softmax(-1, dtype=torch.float32).view(len(logits), experts, shards).sum(-1)
         right = gates.argmax(-1) == labels[held_back]
         shares = [right[labels[held_back] == number].float().mean() for number in range(experts)]
         if isinstance(setting, FfnRouter) and router.layer in scales:
@@ -114,8 +123,26 @@ def set_routers(
     batch = max(1, BATCH_TOKENS // length)
     set_layer_by_layer(model, windows, set_router, kinds=settings, batch=batch, progress=progress)
     if scales:
-        model.config.ffn_scale = [float(scale) for scale in scales.values()]  # what save_pretrained writes
+        model.config.ffn_scale = scale_by_layer(model)  # what save_pretrained writes
     return fits
+
+
+def scale_by_layer(model: Any) -> list[float]:
+    """A BAM mixture's `ffn_scale`: a number for each of its layers, 1 for those without experts."""
+    scales = ffn_scales(model)
+    return [float(scales[layer]) if layer in scales else 1.0 for layer in range(len(decoder_layers(model)))]
+
+
+def shards_of(router: Router, experts: int) -> int:
+    """How many rows of a router belong to each text.
+
+    Raises:
+        CheckpointError: no whole number: it has experts that no text belongs to.
+    """
+    rows = len(router.module.weight)
+    if rows % experts:
+        raise CheckpointError(f"{router.where}: it chooses among {rows} experts, and text is given for {experts}")
+    return rows // experts
 
 
 def _held_back(text: RouterText, shape: tuple[int, ...]) -> torch.Tensor:

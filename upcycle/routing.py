@@ -1,6 +1,6 @@
 """What a mixture's routers do with text: loads, gates, entropies, and how often a text meets its own expert.
 
-Axes: T tokens, L layers, N experts.
+Axes: T tokens, K experts a token uses, L layers with experts, N FFN experts, A attention experts.
 """
 
 from collections.abc import Callable, Sequence
@@ -12,12 +12,12 @@ import torch
 class RoutingTally:
     """Sums over the tokens seen so far, in float64, so that neither batches nor their order show in the means."""
 
-    def __init__(self, top_k: int, own_expert: int | None = None) -> None:
+    def __init__(self, top_k: int, own_experts: Sequence[int] = ()) -> None:
         """Args:
         top_k: experts a token uses.
-        own_expert: number of the expert that came from the text's domain, if one did.
+        own_experts: numbers of those that came from the text's domain: none, one, or the parts of one that was split.
         """
-        self.top_k, self.own_expert = top_k, own_expert
+        self.top_k, self.own_experts = top_k, own_experts
         self.sums: dict[str, torch.Tensor] = {}
 
     def add(
@@ -30,11 +30,16 @@ class RoutingTally:
         self._sum("tokens", torch.tensor(len(gates[0])))
         self._sum("load", torch.stack([torch.bincount(one.flatten(), minlength=experts) for one in chosen]))
         self._sum("entropy", torch.stack([torch.special.entr(gate).sum() for gate in gates]))
-        if self.own_expert is not None:
-            self._sum("own_share", torch.stack([(one == self.own_expert).any(-1).sum() for one in chosen]))
+        if self.own_experts:
+            self._sum("own_share", torch.stack([self._own_share(one) for one in chosen]))
         if attention:
             self._sum("gates", torch.stack([gate.sum(0) for gate in soft]))
             self._sum("attention_entropy", torch.stack([torch.special.entr(gate).sum() for gate in soft]))
+
+    def _own_share(self, chosen: torch.Tensor) -> torch.Tensor:
+        """Tokens that use the own expert, of one that was split the part of it that they use; `chosen [T, K]`."""
+        own = torch.tensor(self.own_experts, device=chosen.device)
+        return torch.isin(chosen, own).double().sum() / len(own)
 
     def _sum(self, name: str, value: torch.Tensor) -> None:
         value = value.cpu().double()
@@ -49,8 +54,8 @@ class RoutingTally:
         Returns:
             `load [L][N]`: the share of the selections that went to each expert. `entropy [L]`: the mean entropy in nats
             of a token's FFN gates. `own_share [L]`: the share of the tokens for which the router picks the expert of
-            their domain, where there is one. With attention experts `gates [L][N]`, their mean gates, and
-            `attention_entropy [L]`.
+            their domain, where there is one. With attention experts `gates [L][A]`, their mean gates before a top-k,
+            and `attention_entropy [L]`.
         """
         sums = {name: reduce(value) for name, value in self.sums.items()}
         if not sums:

@@ -16,6 +16,7 @@ import numpy as np
 from upcycle.checkpoint import CONFIG, PROVENANCE, read_json, read_tensors
 from upcycle.errors import CheckpointError, SeedError, UpcycleError
 from upcycle.inspect import Inspection, inspect_checkpoint
+from upcycle.mixture import own_experts
 from upcycle.numeric import Array
 from upcycle.run_folder import CHECKPOINTS, METRICS, RECORD, RunFolder
 from upcycle.verdict import short_names
@@ -35,6 +36,8 @@ class Routing:
     own_expert: Mapping[str, str] = field(default_factory=dict)
     own_share: Mapping[str, Array] = field(default_factory=dict)
     experts: Sequence[str] = ()
+    groups: Sequence[str] = ()  # what the experts are, or were before each was split
+    layers: Sequence[int] = ()  # numbers of those that have experts; empty where all have
     top_k: int = 1
     similarity: Mapping[str, Array] = field(default_factory=dict)  # [L, N, N]
     origin: str = ""
@@ -103,11 +106,23 @@ class Source:
     @property
     def experts(self) -> list[str]:
         """Names of the experts, or numbers where they have none; empty for a dense model."""
+        if self.inspection:
+            return [clean(name) for name in self.inspection.experts]
         names = self.config.get("expert_names")
         if isinstance(names, list):
             return [clean(name) for name in names]
         count = next((self.config[key] for key in ("num_local_experts", "num_experts") if self.config.get(key)), 0)
         return [str(index) for index in range(count)] if isinstance(count, int) and 0 < count <= 4096 else []
+
+    @property
+    def groups(self) -> list[str]:
+        """Names of what the experts are, or were before each was split."""
+        return [clean(name) for name in self.inspection.groups] if self.inspection else self.experts
+
+    @property
+    def layers(self) -> list[int]:
+        """The layers that have experts; empty where that is not known."""
+        return self.inspection.layers if self.inspection else []
 
     @property
     def top_k(self) -> int:
@@ -285,16 +300,21 @@ def recorded_routing(source: Source) -> Routing | None:
     entropies = source.metrics.entropies
     if not load and not gates and not any(entropies.values()):
         return None
-    experts = source.experts
-    own = {name: name for name, shares in load.items() if name in experts and len(experts) == shares.shape[1]}
+    experts, groups = source.experts, source.groups
+    own = {name: name for name, shares in load.items() if name in groups and len(experts) == shares.shape[1]}
+    numbers = {name: own_experts(experts, groups, name) for name in own}
     return Routing(
         load=load,
         gates=gates,
         entropy=entropies.get("entropy", {}),
         attention_entropy=entropies.get("attention_entropy", {}),
         own_expert=own,
-        own_share={name: load[name][:, experts.index(name)] * source.top_k for name in own},
+        own_share={
+            name: load[name][:, list(chosen)].sum(1) * source.top_k / len(chosen) for name, chosen in numbers.items()
+        },
         experts=experts,
+        groups=groups,
+        layers=source.layers,
         top_k=source.top_k,
         origin=f"Recorded by the training on its held-out text at step {step}; entropies are those of the steps named.",
     )
@@ -313,6 +333,8 @@ def measured_routing(value: Mapping[str, Any]) -> Routing:
         own_expert=own,
         own_share={name: shares for name, shares in _by_domain(domains, "own_share", 1).items() if name in own},
         experts=[clean(name) for name in value.get("experts", ())],
+        groups=[clean(name) for name in value.get("groups", ())],
+        layers=[layer for layer in value.get("layers", ()) if type(layer) is int],
         top_k=int(value.get("top_k") or 1),
         similarity={key: layers for key, layers in similarity.items() if layers is not None},
         origin="Measured on the evaluation's held-out text.",

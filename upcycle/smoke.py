@@ -146,8 +146,12 @@ def check_loading(found: Found) -> str:
 def check_identity(found: Found) -> str:
     """A mixture of copies of the seed computes what the seed computes."""
     recipe = load_recipe(found.recipe)
-    # Gates that do not sum to 1 scale the FFN, and nothing would be equal.
+    # Gates that do not sum to 1 scale the FFN, or the attention, and nothing would be equal.
     overrides = ["router.ffn.normalize=true"] if recipe.ffn_experts else []
+    if recipe.attention_experts and recipe.attention_router.routing == "top-k":
+        overrides.append("router.attention.normalize=true")
+    if recipe.experts.extra:  # of several that are alike none is found to be the ancestor
+        overrides.append(f"experts.extra_from=seed:{SEED}")
     seed = found.seeds[SEED]
     copies = read_seeds([f"{name}={seed}" for name in found.seeds])
     plan = plan_merge(load_recipe(found.recipe, overrides), copies, allow_unrelated=True)

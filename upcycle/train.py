@@ -139,7 +139,7 @@ class _Training:
         self.main = accelerator.is_main_process
         self._watch = watch
         self.warnings: list[str] = []
-        self.watchdog = Watchdog(facts.experts)
+        self.watchdog = Watchdog(facts.experts, facts.layers)
         self.step = self.first_step = 0
         self.first_heldout: dict[str, float] = {}
         self.heldout: dict[str, float] = {}
@@ -245,7 +245,7 @@ class _Training:
         else:
             model = load_model(options.model)
         kind, _ = parse_trained(settings.trained)
-        choose_trained(model, kind, self.facts.attention_experts)
+        choose_trained(model, kind)
         if settings.activation_checkpointing:
             # The method's old name; transformers renames it.
             enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
@@ -309,6 +309,7 @@ class _Training:
             training_flops_per_token=self.facts.training_flops(settings.sequence_length),
             peak_flops=settings.processes * matmul_rate(self.accelerator.device, settings.precision),
             experts=list(self.facts.experts),
+            groups=list(self.facts.groups),
         )
 
     # The steps

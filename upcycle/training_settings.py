@@ -11,7 +11,7 @@ from upcycle.dense_config import read_dense
 from upcycle.documents import find_files
 from upcycle.errors import CheckpointError, SeedError, TrainingError
 from upcycle.layout import Layout, make_layout
-from upcycle.mixture import read_mixture, router_records
+from upcycle.mixture import Mixture, is_mixture, read_mixture, router_records
 from upcycle.optimization import parse_trained
 from upcycle.recipe import Recipe
 from upcycle.scaling import DENSE, layout_cost
@@ -113,8 +113,9 @@ class ModelFacts:
         load_balance, z: alpha and beta of the routers' losses.
         attention_experts: whether the attention is a mixture, too.
         experts: their names, or numbers.
-        layout: of the tensors, where upcycle knows the family.
-        recipe: the mixture's, for its cost.
+        groups: the names of the FFNs that were made experts: those of the experts, unless each was split into several.
+        layout: of the tensors, where upcycle knows the family or merged the mixture.
+        recipe: the mixture's, where upcycle merged it.
         seed_parameters: of one dense model, without embeddings and head; 0 where the family is not known.
         routed: whether its routers were set from text.
     """
@@ -126,6 +127,7 @@ class ModelFacts:
     z: float = 0.0
     attention_experts: bool = False
     experts: Sequence[str] = ()
+    groups: Sequence[str] = ()
     layout: Layout | None = None
     recipe: Recipe = DENSE
     seed_parameters: int = 0
@@ -146,6 +148,11 @@ class ModelFacts:
     def num_experts(self) -> int:
         """1 for a dense model."""
         return max(1, len(self.experts))
+
+    @property
+    def layers(self) -> Sequence[int]:
+        """The layers with experts; none where they are not known."""
+        return self.layout.mixed if self.layout else ()
 
     def training_flops(self, context: int) -> int | None:
         """FLOPs a token of a training at a context, or None where the family is not known."""
@@ -176,21 +183,8 @@ def read_facts(folder: Path) -> ModelFacts:
 
 
 def _read_facts(folder: Path, config: Mapping[str, Any]) -> ModelFacts:
-    if config.get("model_type") == "bam":
-        mixture = read_mixture(folder)
-        return ModelFacts(
-            kind="bam",
-            config=config,
-            top_k=config["num_experts_per_tok"],
-            load_balance=float(config.get("router_aux_loss_coef", 0.01)),
-            z=float(config.get("router_z_loss_coef", 0.001)),
-            attention_experts=config["attention_experts"],
-            experts=list(mixture.experts),
-            layout=mixture.layout,
-            recipe=mixture.recipe,
-            seed_parameters=_inner_parameters(mixture.layout),
-            routed=bool(router_records(mixture.provenance)),
-        )
+    if is_mixture(folder, config):
+        return _merged_facts(read_mixture(folder), config)
     if config.get("num_experts_per_tok"):
         experts = next((config[key] for key in ("num_local_experts", "num_experts") if config.get(key)), 0)
         if not 0 < experts <= MAX_EXPERTS:
@@ -201,13 +195,15 @@ def _read_facts(folder: Path, config: Mapping[str, Any]) -> ModelFacts:
             )
         recorded = read_json(folder / PROVENANCE) if (folder / PROVENANCE).is_file() else {}
         loss = recorded.get("recipe", {}).get("loss", {})
+        names = _expert_names(recorded, int(experts))
         return ModelFacts(
             kind="native",
             config=config,
             top_k=int(config["num_experts_per_tok"]),
             load_balance=float(loss.get("load_balance", config.get("router_aux_loss_coef", 0.01))),
             z=float(loss.get("z", 0.0)),
-            experts=_expert_names(recorded, int(experts)),
+            experts=names,
+            groups=names,
             routed=bool(router_records(recorded)),
         )
     try:
@@ -215,6 +211,26 @@ def _read_facts(folder: Path, config: Mapping[str, Any]) -> ModelFacts:
     except SeedError:  # a family that cannot be mixed can still be trained
         return ModelFacts(kind="dense", config=config)
     return ModelFacts(kind="dense", config=config, layout=layout, seed_parameters=_inner_parameters(layout))
+
+
+def _merged_facts(mixture: Mixture, config: Mapping[str, Any]) -> ModelFacts:
+    """Of a mixture that upcycle merged, in either format."""
+    native = mixture.layout.native is not None
+    return ModelFacts(
+        kind="native" if native else "bam",
+        config=config,
+        top_k=config["num_experts_per_tok"],
+        load_balance=float(config.get("router_aux_loss_coef", 0.01)),
+        # A native config has no word for it, so that upcycle.json keeps the recipe's.
+        z=mixture.recipe.loss.z if native else float(config.get("router_z_loss_coef", 0.001)),
+        attention_experts=mixture.recipe.attention_experts,
+        experts=list(mixture.experts),
+        groups=mixture.groups,
+        layout=mixture.layout,
+        recipe=mixture.recipe,
+        seed_parameters=_inner_parameters(mixture.layout),
+        routed=bool(router_records(mixture.provenance)),
+    )
 
 
 def _expert_names(recorded: Mapping[str, Any], count: int) -> list[str]:
@@ -322,8 +338,8 @@ def _check_options(options: TrainingOptions, facts: ModelFacts, processes: int, 
         raise TrainingError("--shard does not go with --lora, routers-then-all or adamw-offload")
     if options.shard and facts.kind == "native":
         raise TrainingError(
-            f"--shard reads a model tensor by tensor, and {options.model} stores its experts one by one where memory "
-            "holds them stacked; train it without --shard, or merge in the bam format"
+            f"--shard reads a model tensor by tensor, and {options.model} stores its experts otherwise than memory "
+            "holds them; train it without --shard, or merge with --format bam"
         )
     if options.shard and processes < 2:
         raise TrainingError("--shard spreads one model over several processes; start them with `accelerate launch`")

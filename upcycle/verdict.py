@@ -252,14 +252,15 @@ def _routing_sentences(name: str, routing: Mapping[str, Any]) -> list[str]:
         listed = ", ".join(f"{expert} in layer {layer}" for expert, layer in idle[:3])
         more = f" and {len(idle) - 3} more" if len(idle) > 3 else ""
         sentences.append(f"Idle experts of {name}, with under a tenth of an equal share of the tokens: {listed}{more}.")
-    for kind, what in (("ffn_outputs", "FFN"), ("attention_outputs", "Attention")):
+    groups = routing.get("groups", experts)
+    for kind, what, names in (("ffn_outputs", "FFN", experts), ("attention_outputs", "Attention", groups)):
         cosines = np.array(routing["similarity"].get(kind, []))
-        if cosines.size and len(experts) > 1:
+        if cosines.size and len(names) > 1:
             above = np.argwhere(np.triu(cosines, 1) > ALIKE)
             for layer, one, other in above[:1]:
                 more = f" (one pair of {len(above)})" if len(above) > 1 else ""
                 sentences.append(
-                    f"{what} experts of {name} answer almost alike: {experts[one]} and {experts[other]} in layer "
+                    f"{what} experts of {name} answer almost alike: {names[one]} and {names[other]} in layer "
                     f"{layers[layer]}, cosine {cosines[layer, one, other]:.3f}{more}."
                 )
     return sentences

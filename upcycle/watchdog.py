@@ -18,8 +18,12 @@ DROPPED_STEPS: Final = 50  # in a row, before it is said
 class Watchdog:
     """Looks at each step before it reaches the weights; its memory is plain data and is saved with the training."""
 
-    def __init__(self, experts: Sequence[str]) -> None:
-        self.experts = experts
+    def __init__(self, experts: Sequence[str], layers: Sequence[int] = ()) -> None:
+        """Args:
+        experts: their names.
+        layers: the numbers of those that have experts; none where all have.
+        """
+        self.experts, self.layers = experts, layers
         self.norms: list[float] = []
         self.skipped = 0
         self.idle: dict[str, int] = {}
@@ -55,7 +59,7 @@ class Watchdog:
     def idle_experts(self, step: int, load: Sequence[Sequence[float]]) -> list[str]:
         """Warnings about experts that have just been below 1 % of a layer's tokens for long; each is said once."""
         warnings = []
-        for layer, shares in enumerate(load):
+        for layer, shares in zip(self.layers or range(len(load)), load, strict=True):
             for expert, share in enumerate(shares):
                 key = f"{layer}.{expert}"
                 self.idle[key] = self.idle.get(key, 0) + 1 if share < DROPPED else 0

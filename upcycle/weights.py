@@ -24,7 +24,7 @@ from upcycle.checkpoint import (
 )
 from upcycle.checksums import sums_of, write_sums
 from upcycle.errors import CheckpointError, SeedError
-from upcycle.mixture import read_mixture
+from upcycle.mixture import is_mixture, read_mixture
 from upcycle.numeric import TORCH_NAMES
 
 _LAYER = re.compile(r"(.*\.\d+)\.")
@@ -77,7 +77,7 @@ def check_plain(folder: Path) -> None:
 
 def _auto_class(folder: Path) -> Any:
     check_plain(folder)
-    if read_json(folder / CONFIG).get("model_type") == "bam":
+    if is_mixture(folder, read_json(folder / CONFIG)):
         read_mixture(folder)  # says what is wrong with it, in which tensor
     from transformers import AutoModelForCausalLM
 

@@ -29,6 +29,7 @@ from upcycle.cli.main import main as command_line
 
 from tests.fuzz import mutations
 from tests.fuzz.checkpoints import Files, checkpoint, config, read, write
+from upcycle.card import make_card
 from upcycle.errors import UpcycleError
 from upcycle.families import FAMILIES
 from upcycle.inspect import inspect_checkpoint
@@ -48,6 +49,21 @@ UNAIDED = {
     "flex": ("router.ffn.init=random", "mix.default=mean"),
     "btx-extra": ("experts.extra_from=mean",),
 }
+# Of what mixtures are made.
+MADE = (
+    ("bam",),
+    ("btx",),
+    ("bam",),
+    ("average",),
+    ("btx",),
+    ("bam", "experts.granularity=2", "layers.mix=every 2"),
+    ("btx", "experts.granularity=2"),
+    ("btx", "experts.extra=1", "experts.extra_from=mean"),
+    ("bam", "experts.extra=1", "experts.extra_from=mean", "experts.granularity=2"),
+    ("shared-expert",),
+    ("top-k-attention",),
+    ("flex", *UNAIDED["flex"], "router.ffn.bias.a=-1.0"),
+)
 CHANGES = (
     "os.rename",
     "os.remove",
@@ -151,10 +167,12 @@ class Fuzzer:
         return [str(write(self.root / name, files)) for name, files in zip("ab", pair, strict=True)]
 
     def make_mixtures(self) -> Iterator[tuple[tuple[Files, Files], Files]]:
-        """A mixture of each pair, with different recipes and shards."""
-        for number, pair in enumerate(self.pairs):
-            recipe = load_recipe(("bam", "btx", "bam", "average", "btx")[number % 5])
-            merge(plan_merge(recipe, read_seeds(self.seeds(pair))), self.out, max_shard_size=(10**9, 4000)[number % 2])
+        """A mixture of each pair, with different recipes and shards; of the last one those of every kind."""
+        made = [(pair, MADE[number % 5]) for number, pair in enumerate(self.pairs)]
+        made += [(self.pairs[-1], recipe) for recipe in MADE[5:]]
+        for number, (pair, (name, *overrides)) in enumerate(made):
+            plan = plan_merge(load_recipe(name, overrides), read_seeds(self.seeds(pair)))
+            merge(plan, self.out, max_shard_size=(10**9, 4000)[number % 2])
             yield pair, read(self.out)
             shutil.rmtree(self.out)
 
@@ -213,7 +231,7 @@ class Fuzzer:
         text = str(error)
         self.longest = max(self.longest, len(text))
         if len(text) > MESSAGE:
-            self.failures.setdefault(f"a message of more than {MESSAGE} characters", []).append(number)
+            self.failures.setdefault(f"a message of more than {MESSAGE} characters: {text[:200]!r}", []).append(number)
         plain = re.sub(r"'[^']*'|\[[^]]*\]|/\S*|-?\d[\d.,e+]*|nan|\binf", "_", text[:300])
         self.messages[plain[:100]] += 1
 
@@ -253,12 +271,13 @@ class Fuzzer:
             lambda: verify(folder),
             lambda: verify(folder, [str(self.root / name) for name in "ab"]),
             lambda: inspect_checkpoint(folder),
+            lambda: make_card(folder) if draw.random() < 0.5 else None,
             lambda: self.call("inspect", str(folder)) if draw.random() < 0.2 else None,
         ):
             with contextlib.suppress(UpcycleError):
                 work()
         mixture = read_mixture(folder)
-        for expert in range(min(2, len(mixture.experts))):
+        for expert in range(min(2, len(mixture.groups))):
             self.write(plan_extract(mixture, expert), draw)
             assert not verify(self.out).problems
             shutil.rmtree(self.out)

@@ -47,6 +47,18 @@ KEYS += (
     "partial_rotary_factor",
 )
 KEYS += ("sliding_window_pattern", "no_rope_layer_interval", "max_window_layers", "original_max_position_embeddings")
+# Of mixtures: what only some BAM mixtures have, and what native ones and upcycle.json say.
+KEYS += ("granularity", "num_attention_experts", "num_attention_experts_per_tok", "norm_topk_attention", "router_bias")
+KEYS += (
+    "num_shared_experts",
+    "mixed_layers",
+    "ffn_scale",
+    "num_experts_per_tok",
+    "norm_topk_prob",
+    "attention_experts",
+)
+KEYS += ("num_local_experts", "num_experts", "expert_names", "architectures", "mlp_only_layers", "num_hidden_layers")
+RECORDED = ("recipe", "experts", "dense_config", "format", "seeds", "routers", "extracted", "plan", "ancestor")
 ROPES = ("default", "linear", "dynamic", "yarn", "longrope", "llama3", "x", None, 3, [], {})
 NAMES = ("config.json", "model.safetensors", "model-00001-of-00002.safetensors", INDEX, "tokenizer.json", "vocab.json")
 NAMES += (
@@ -320,7 +332,7 @@ SEED = (
     json_file("tokenizer.json", "tokenizer_config.json"),
     json_file(CONFIG, extra=KEYS),
 )
-MIXTURE = (*EVERY, json_file(PROVENANCE), json_file(SUMS), json_file(CONFIG), rope)
+MIXTURE = (*EVERY, json_file(PROVENANCE, extra=RECORDED), json_file(SUMS), json_file(CONFIG), rope)
 
 
 def mutate(draw: random.Random, files: Files, mixture: bool) -> list[str]:
