@@ -79,7 +79,7 @@ def test_the_oldest_transformers_passes_too(tmp_path):
     requirements = ("--constraint", tmp_path / "older.txt", "transformers==5.17.*", "--editable", f"{ROOT}[dev]")
     python = fresh_environment(tmp_path / "env", *requirements)
     names = ("modeling", "modeling_use", "families", "merge", "losses", "train", "resume", "comparison", "similarity")
-    names += ("acceleration", "backends", "side_by_side", "verify")
+    names += ("acceleration", "backends", "side_by_side", "verify", "native")
     tests = [f"tests/test_{name}.py" for name in names]
     assert "5.17" in run(python, "-c", "import transformers; print(transformers.__version__)")
     assert " passed" in run(python, "-m", "pytest", "-q", "-n", "2", *tests)
