@@ -115,7 +115,9 @@ def _check_kinds(family: Family, config: Mapping[str, Any], where: str) -> None:
         if value is None and key in ("num_key_value_heads", "head_dim"):
             continue
         if type(value) is not int or not 1 <= value <= limit:
-            raise SeedError(f"{where}: config.json says {key} = {value!r:.80}, expected a whole number from 1 to {limit}")
+            raise SeedError(
+                f"{where}: config.json says {key} = {value!r:.80}, expected a whole number from 1 to {limit}"
+            )
     for key in sorted(config.keys() & {*family.defaults, *_TABLES, *_LISTS, *_POSITIVE}):
         value, default = config[key], family.defaults.get(key)
         if value is None and (default is None or key in ("sliding_window", "head_dim", "num_key_value_heads")):
