@@ -13,7 +13,8 @@ from upcycle.layout import GROUPED_BYTES
 from upcycle.licenses import Licensing, adapter_of, licensing, seed_records
 from upcycle.markdown import code, grid, link, listed, plain, table
 from upcycle.mixture import router_records
-from upcycle.report_tables import MISSING, class_of, cost_table, describe, expert_facts, mix_facts, percent
+from upcycle.recipe_facts import expert_facts, mix_facts
+from upcycle.report_tables import MISSING, class_of, cost_table, describe, percent
 from upcycle.run_folder import STATE
 from upcycle.run_records import Source
 from upcycle.seeds import VOCABULARIES
