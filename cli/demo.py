@@ -51,7 +51,7 @@ def demo(
     show_verdict(result.evaluation)
     output.data_line(f"\nHeld-out code: {result.prompt!r}\nThe mixture goes on: {result.sample!r}")
     output.data_line(f"\n{result.seconds:.0f} s. Load the mixture with\n")
-    for line in output.loading_lines(result.mixture, remote_code=True):
+    for line in output.loading_lines(result.mixture, remote_code=any(result.mixture.glob("modeling_*.py"))):
         output.data_line(f"  {line}")
     output.data_line(f"\nReport: {result.report}")
 

@@ -11,7 +11,9 @@ from .merge import Json, MaxShardSize, parse_size
 
 
 def extract(
-    mixture: Annotated[str, typer.Argument(metavar="MIXTURE", help="Folder or Hub name of a BAM mixture.")],
+    mixture: Annotated[
+        str, typer.Argument(metavar="MIXTURE", help="Folder or Hub name of a mixture that upcycle merged.")
+    ],
     expert: Annotated[str, typer.Option(help="The expert's number or name.")],
     out: Annotated[Path, typer.Option(help="Folder to make.")],
     max_shard_size: MaxShardSize = "5GB",

@@ -254,6 +254,8 @@ def run(
     """Write a plan's checkpoint with a progress bar, its routers set from `text` if there is one; say what was made
     and how to load it, and push it if asked to.
     """
+    from upcycle.checkpoint import ITEM_SIZE
+    from upcycle.layout import takes_grouped_product
     from upcycle.merge import merge
     from upcycle.scaling import DEFAULT_CONTEXT, plan_cost
     from upcycle.staging import partial_folder
@@ -328,7 +330,9 @@ def run(
             "gradient. To train them, take normalize = false, as the paper does."
         )
     output.data_line("\nLoad it with\n")
-    for line in output.loading_lines(out, remote_code=plan.format == "bam"):
+    itemsize = min(ITEM_SIZE[tensor.dtype] for tensor in plan.tensors)
+    eager = not takes_grouped_product(plan.layout, plan.recipe, itemsize)
+    for line in output.loading_lines(out, remote_code=plan.format == "bam", eager=eager):
         output.data_line(f"  {line}")
     if push_to:
         output.data_line(push_result(out, push_to, license).url)

@@ -232,13 +232,14 @@ def training_table(training: "ParallelTraining", sequences: int, sequence_length
     data_line(f"Fits a card of {size(CARD)}: {' and '.join(fitting) or 'neither'}")
 
 
-def loading_lines(out: Path, remote_code: bool) -> list[str]:
-    """The exact lines of Python that load a result."""
+def loading_lines(out: Path, remote_code: bool, eager: bool = False) -> list[str]:
+    """The exact lines of Python that load a result; `eager` where the default does not compute its experts."""
+    experts = ', experts_implementation="eager"' if eager else ""
     trust = ", trust_remote_code=True" if remote_code else ""
     path = json.dumps(str(out))  # quoted as Python reads it, too
     return [
         "from transformers import AutoModelForCausalLM, AutoTokenizer",
-        f"model = AutoModelForCausalLM.from_pretrained({path}{trust})",
+        f"model = AutoModelForCausalLM.from_pretrained({path}{experts}{trust})",
         f"tokenizer = AutoTokenizer.from_pretrained({path}{trust})",
     ]
 

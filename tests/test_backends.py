@@ -7,12 +7,21 @@ from typing import get_args
 import pytest
 import torch
 
-from tests.conftest import run_cli
+from tests.conftest import run_cli, write_tokenizer
+from tests.tiny import BY_NAME, make_seeds
 from tests.training import arguments, run
 from upcycle import backends
-from upcycle.backends import BACKENDS, Backend, choose_backend, use_backend
+from upcycle.backends import AUTO, BACKENDS, Backend, choose_backend, use_backend
+from upcycle.card import make_card
 from upcycle.errors import UpcycleError
 from upcycle.expert_modules import attention_experts, ffn_experts
+from upcycle.generation import continue_text
+from upcycle.inspect import inspect_checkpoint
+from upcycle.merge import merge
+from upcycle.plan import plan_merge
+from upcycle.recipe_file import load_recipe
+from upcycle.seeds import read_seeds
+from upcycle.weights import load_model
 
 X = torch.arange(24).reshape(2, 12)
 
@@ -198,3 +207,28 @@ def test_the_command_line_names_all_backends():
     from cli.train import ExpertsBackend
 
     assert get_args(get_args(ExpertsBackend)[0]) == BACKENDS
+
+
+def test_experts_whose_rows_the_grouped_product_does_not_take(tmp_path):
+    """Split into narrow ones, they are computed one by one by all that is ours, and the lines that load them say so."""
+    sources = make_seeds(BY_NAME["llama"], tmp_path / "seeds", dtype=torch.bfloat16)
+    for seed in sources:
+        write_tokenizer(seed)
+    seeds = [str(seed) for seed in sources]
+    recipe = load_recipe("btx", ["experts.granularity=4"])  # 12 inner units, 24 bytes
+    merge(plan_merge(recipe, read_seeds(seeds), allow_unrelated=True), tmp_path / "mix")
+    assert not inspect_checkpoint(tmp_path / "mix").grouped
+    model = load_model(tmp_path / "mix", torch.bfloat16)
+    assert model(torch.arange(8)[None]).logits.isfinite().all()
+    backend = choose_backend(model, AUTO, 8, 8, torch.bfloat16, False)
+    assert backend is not None
+    assert backend.name == "eager"
+    with pytest.raises(UpcycleError, match="whole multiples of 16 bytes"):
+        choose_backend(model, "grouped_mm", 8, 8, torch.bfloat16, False)
+    assert choose_backend(load_model(tmp_path / "mix"), AUTO, 8, 8, torch.float32, False).name == "grouped_mm"
+    assert continue_text(tmp_path / "mix", "word5 word6", 4)
+    assert 'experts_implementation="eager")' in make_card(tmp_path / "mix")
+    options = ("--seeds", *seeds, "--allow-unrelated", "--recipe", "btx", "--yes", "--out", tmp_path / "cli")
+    said = run_cli("merge", *options, "--set", "experts.granularity=4").stdout
+    assert 'cli", experts_implementation="eager")' in said
+    assert "experts_implementation" not in run_cli("merge", *options, "--set", "experts.granularity=2").stdout

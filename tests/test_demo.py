@@ -190,7 +190,10 @@ def test_what_cannot_be_served_is_said(data: Path, tmp_path: Path) -> None:
         demo.run_demo("llama", data, tmp_path, settings=TINY)
 
 
-def test_command_prints_losses_and_how_to_load(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_command_prints_losses_and_how_to_load(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("work/mixture").mkdir(parents=True)
+    Path("work/mixture/modeling_bam.py").touch()  # of a native mixture there is none, and no option to run it
     losses = {"seed": {"docs": 4.0, "code": 5.0}, "mixture": {"docs": 4.5, "code": 3.25}}
     models = {
         name: {

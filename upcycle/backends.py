@@ -18,6 +18,7 @@ from upcycle.errors import UpcycleError
 from upcycle.expert_modules import attention_experts, ffn_experts
 from upcycle.experts import follow_autocast
 from upcycle.kernels import dispatch
+from upcycle.layout import GROUPED_BYTES
 
 AUTO: Final = "auto"
 # In the order of preference where times are level.
@@ -117,6 +118,8 @@ def _unserved(name: str, experts: Any, dtype: torch.dtype, device: torch.device)
         return dispatch.unserved(experts, dtype, device)
     if name == "grouped_mm" and dtype == torch.float64:
         return "torch's grouped product knows no float64"
+    if name == "grouped_mm" and any(size * dtype.itemsize % GROUPED_BYTES for size in experts.down_proj.shape[1:]):
+        return f"torch's grouped product takes rows of whole multiples of {GROUPED_BYTES} bytes, which these have not"
     if name in ("liger", "sonicmoe") and device.type != "cuda":
         return f"its kernels run on CUDA, not on {device.type}"
     if name == "liger":

@@ -9,10 +9,12 @@ from urllib.parse import quote
 
 from upcycle.card_metadata import commit_of, repository_of
 from upcycle.checkpoint import MODELING_FILES
+from upcycle.layout import GROUPED_BYTES
 from upcycle.licenses import Licensing, adapter_of, licensing, seed_records
 from upcycle.markdown import code, grid, link, listed, plain, table
 from upcycle.mixture import router_records
-from upcycle.report_tables import MISSING, class_of, cost_table, describe, expert_facts, mix_facts, percent
+from upcycle.recipe_facts import expert_facts, mix_facts
+from upcycle.report_tables import MISSING, class_of, cost_table, describe, percent
 from upcycle.run_folder import STATE
 from upcycle.run_records import Source
 from upcycle.seeds import VOCABULARIES
@@ -243,15 +245,22 @@ def pictures(paths: Sequence[str]) -> str:
 def how_to_load(subject: Subject) -> str:
     """The lines that load it."""
     options = ", trust_remote_code=True" if "auto_map" in subject.source.config else ""
+    inspection = subject.source.inspection
+    eager = "" if inspection is None or inspection.grouped else ', experts_implementation="eager"'
     tokenized = any((subject.source.folder / file).is_file() for file in VOCABULARIES)
     lines = [
         f"from transformers import AutoModelForCausalLM{', AutoTokenizer' if tokenized else ''}",
         "",
-        f'model = AutoModelForCausalLM.from_pretrained("{subject.place}", dtype="auto"{options})',
+        f'model = AutoModelForCausalLM.from_pretrained("{subject.place}", dtype="auto"{eager}{options})',
     ]
     if tokenized:
         lines.append(f'tokenizer = AutoTokenizer.from_pretrained("{subject.place}"{options})')
     block = "\n".join(["```python", *lines, "```"])
+    if eager:
+        block += (
+            "\n\nIts experts are computed one by one: the default, torch's grouped product, takes rows of whole "
+            f"multiples of {GROUPED_BYTES} bytes alone."
+        )
     if subject.is_bam:
         return (
             f"{block}\n\nThe option runs the code in {listed([code(file) for file in MODELING_FILES])}, so look at it "

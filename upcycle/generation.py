@@ -1,6 +1,7 @@
 """Text from a checkpoint, for a quick look."""
 
 from pathlib import Path
+from typing import Any
 
 from upcycle.checkpoint import CONFIG, read_json
 from upcycle.errors import CheckpointError
@@ -14,6 +15,7 @@ def continue_text(folder: Path, text: str, max_new_tokens: int) -> str:
     Raises:
         CheckpointError: no checkpoint or no tokenizer there, or one that this transformers cannot load.
     """
+    options: dict[str, Any] = {"dtype": "auto", "trust_remote_code": False}
     if is_mixture(folder, read_json(folder / CONFIG)):
         read_mixture(folder)  # transformers would fill a missing tensor with noise and go on
     if not any((folder / name).is_file() for name in VOCABULARIES):
@@ -21,12 +23,15 @@ def continue_text(folder: Path, text: str, max_new_tokens: int) -> str:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    from upcycle.inspect import inspect_checkpoint
     from upcycle.weights import quiet_transformers
 
+    if is_mixture(folder, read_json(folder / CONFIG)) and not inspect_checkpoint(folder).grouped:
+        options["experts_implementation"] = "eager"
     quiet_transformers()
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", trust_remote_code=False)
+        model = AutoModelForCausalLM.from_pretrained(folder, **options)
         device = "cuda" if torch.cuda.is_available() else "cpu"
         inputs = tokenizer(text, return_tensors="pt").to(device)
         if not inputs["input_ids"].numel():

@@ -5,11 +5,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from upcycle.checkpoint import CONFIG, PROVENANCE, TensorInfo, read_json, read_tensors
+from upcycle.checkpoint import CONFIG, ITEM_SIZE, PROVENANCE, TensorInfo, read_json, read_tensors
 from upcycle.dense_config import DenseModel, read_dense
 from upcycle.errors import CheckpointError, RecipeError
 from upcycle.hub import look_up, read_remote_tensors
-from upcycle.layout import make_layout
+from upcycle.layout import make_layout, takes_grouped_product
 from upcycle.mixture import is_mixture, read_mixture
 from upcycle.numeric import TORCH_NAMES
 from upcycle.plan import check_recipe
@@ -30,6 +30,7 @@ class Inspection:
     experts: list[str]
     groups: list[str]  # what the experts are, or were before each was split
     layers: list[int]  # those that have experts
+    grouped: bool  # whether transformers' default computes its experts (`takes_grouped_product`)
     recipe: str | None
     recipes: list[str]
     dtype: str
@@ -84,6 +85,7 @@ def inspect_checkpoint(folder: Path, tensors: Mapping[str, TensorInfo] | None = 
         experts=list(experts),
         groups=groups,
         layers=list(layout.mixed),
+        grouped=takes_grouped_product(layout, recipe, ITEM_SIZE[dtype]),
         recipe=recipe.name if experts else None,
         recipes=[] if experts else _fitting(layout.model),
         dtype=dtype,

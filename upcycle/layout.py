@@ -15,6 +15,7 @@ from upcycle.dense_config import DenseModel
 from upcycle.native import IDLE_UNITS, NativeClass
 from upcycle.recipe import EXPERTS, Recipe, mixed_layers
 
+GROUPED_BYTES: Final = 16
 PREFIX: Final = "dense."  # the BAM model holds the seed's own model as its child `dense`
 
 
@@ -101,6 +102,15 @@ def make_layout(model: DenseModel, recipe: Recipe, num_experts: int, native: Nat
     builder = _Builder(model, recipe, num_experts, native)
     mixture = tuple(builder.tensors())
     return Layout(model, num_experts, builder.dense, mixture, builder.mixed, native)
+
+
+def takes_grouped_product(layout: Layout, recipe: Recipe, itemsize: int) -> bool:
+    """Whether torch's grouped product, by which transformers computes experts unless it is told otherwise, takes these:
+    the rows of its matrices must be whole multiples of 16 bytes.
+    """
+    sizes = layout.model.sizes
+    widths = (sizes.hidden, sizes.inner // recipe.experts.granularity)
+    return not recipe.ffn_experts or all(width * itemsize % GROUPED_BYTES == 0 for width in widths)
 
 
 class _Builder:

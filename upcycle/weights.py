@@ -24,6 +24,7 @@ from upcycle.checkpoint import (
 )
 from upcycle.checksums import sums_of, write_sums
 from upcycle.errors import CheckpointError, SeedError
+from upcycle.layout import takes_grouped_product
 from upcycle.mixture import is_mixture, read_mixture
 from upcycle.numeric import TORCH_NAMES
 
@@ -37,10 +38,9 @@ def load_model(folder: Path, dtype: torch.dtype = torch.float32) -> Any:
         CheckpointError: no checkpoint, a damaged one, or one whose tensors are not the model's.
     """
     classes = _auto_class(folder)
+    options: dict[str, Any] = {"dtype": dtype, "trust_remote_code": False, **experts_option(folder, dtype.itemsize)}
     try:
-        model, info = classes.from_pretrained(
-            folder, dtype=dtype, trust_remote_code=False, output_loading_info=True, ignore_mismatched_sizes=True
-        )
+        model, info = classes.from_pretrained(folder, output_loading_info=True, ignore_mismatched_sizes=True, **options)
     except Exception as error:  # transformers raises whatever it meets in a damaged file
         raise CheckpointError(f"{folder} cannot be loaded: {error}") from error
     for kind, what in (("missing_keys", "lacks"), ("unexpected_keys", "holds, but no model of its config has")):
@@ -55,6 +55,16 @@ def load_model(folder: Path, dtype: torch.dtype = torch.float32) -> Any:
             "do not belong together"
         )
     return model
+
+
+def experts_option(folder: Path, itemsize: int) -> dict[str, str]:
+    """What `from_pretrained` must be told of a mixture's experts, where its default would not serve them."""
+    if not is_mixture(folder, read_json(folder / CONFIG)):
+        return {}
+    mixture = read_mixture(folder)
+    return (
+        {} if takes_grouped_product(mixture.layout, mixture.recipe, itemsize) else {"experts_implementation": "eager"}
+    )
 
 
 def check_plain(folder: Path) -> None:
