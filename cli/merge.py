@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from upcycle.recipe import Recipe
     from upcycle.router_checkpoint import RoutersResult
     from upcycle.router_text import RouterText
+    from upcycle.scaling import Cost
     from upcycle.seeds import Seed
 
 DTYPES = {"bf16": "BF16", "fp16": "F16", "fp32": "F32"}
@@ -254,8 +255,6 @@ def run(
     """Write a plan's checkpoint with a progress bar, its routers set from `text` if there is one; say what was made
     and how to load it, and push it if asked to.
     """
-    from upcycle.checkpoint import ITEM_SIZE
-    from upcycle.layout import takes_grouped_product
     from upcycle.merge import merge
     from upcycle.scaling import DEFAULT_CONTEXT, plan_cost
     from upcycle.staging import partial_folder
@@ -304,13 +303,25 @@ def run(
         finally:
             output.data_object(about)
         return
+    _say(plan, out, result.bytes_written, result.seconds, cost, routers)
+    if push_to:
+        output.data_line(push_result(out, push_to, license).url)
+
+
+def _say(
+    plan: "MergePlan", out: Path, bytes_written: int, seconds: float, cost: "Cost", routers: "RoutersResult | None"
+) -> None:
+    """What was made, what is to be known of it, and how to load it."""
+    from upcycle.checkpoint import ITEM_SIZE
+    from upcycle.layout import takes_grouped_product
+
     mixed = plan.format != "dense"
     kind = f"native ({plan.config['architectures'][0]})" if plan.format == "native" else plan.format
     experts = f"{plan.num_experts} experts, format {kind}, " if mixed else "dense, "
     output.data_line(
         f"{out}: {experts}{output.count(cost.total_parameters)} parameters, "
         f"{output.count(cost.active_parameters)} active per token, "
-        f"{output.size(result.bytes_written)}, in {result.seconds:.2f} s"
+        f"{output.size(bytes_written)}, in {seconds:.2f} s"
     )
     if routers:
         show_warnings(routers)
@@ -334,8 +345,6 @@ def run(
     eager = not takes_grouped_product(plan.layout, plan.recipe, itemsize)
     for line in output.loading_lines(out, remote_code=plan.format == "bam", eager=eager):
         output.data_line(f"  {line}")
-    if push_to:
-        output.data_line(push_result(out, push_to, license).url)
 
 
 def parse_size(text: str) -> int:

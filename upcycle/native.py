@@ -143,7 +143,8 @@ def native_misfit(model: DenseModel, recipe: Recipe, from_text: bool) -> str | N
     if ffn.bias:
         return f"{name}'s router has no bias"
     if len(recipe.experts.shared) > native.gated_shared:
-        return f"{name} has {'one shared expert' if native.gated_shared else 'no shared experts'}, the recipe more"
+        held = "one shared expert" if native.gated_shared else "no shared experts"
+        return f"{name} has {held}, and the recipe makes {len(recipe.experts.shared)}"
     if len(mixed_layers(recipe.layers, sizes.layers)) < sizes.layers and not native.dense_layers:
         return f"{name} has experts in every layer, and the recipe leaves some dense"
     if from_text and ffn.keep_scale and not ffn.normalize:

@@ -167,32 +167,28 @@ def plan_merge(
     tensors = tuple(planner.tensor(tensor) for tensor in layout.mixture)
     unused = _check_complete(tensors, layout, len(seeds))
     made = "native" if native else "bam" if recipe.ffn_experts else "dense"
-    is_bam = made == "bam"
     own = alignment.config(first.config, first.model) if alignment else dict(first.config)
-    if native:
-        config = native_config(own, model, recipe, experts, main_dtype)
-    elif is_bam:
-        config = bam_config(own, layout, recipe, planner.expert_names(), main_dtype)
-    else:
-        config = dense_config(own, dtype)
     copied, own_tokenizer_config = take_template(
         seeds,
         chat_template,
-        copied_files(first.folder, with_code=is_bam),
+        copied_files(first.folder, with_code=made == "bam"),
         tokenizer_config(first, made == "native") if recipe.ffn_experts else None,
     )
+    recorded = {
+        "dense_config": own if native else None,
+        "router_text": None if text is None else dict(text),
+        "vocabulary": alignment.record() if alignment else None,
+        "chat_template": chat_template,
+    }
     return MergePlan(
         format=made,
         num_experts=recipe.ffn_count(experts) if recipe.ffn_experts else 1,
         sources=tuple(SourceCheckpoint(seed.name, seed.folder, seed.tensors) for seed in seeds),
         tensors=tensors,
-        config=config,
+        config=_config(planner, own, dtype),
         provenance={"upcycle_version": __version__, "format": made}
         | _provenance(planner, samples, dropped, unused, random_seed)
-        | ({"dense_config": own} if native else {})
-        | ({} if text is None else {"router_text": dict(text)})
-        | ({} if alignment is None else {"vocabulary": alignment.record()})
-        | ({} if chat_template is None else {"chat_template": chat_template}),
+        | {key: value for key, value in recorded.items() if value is not None},
         random_seed=random_seed,
         copied=copied,
         tokenizer_config=own_tokenizer_config,
@@ -203,6 +199,16 @@ def plan_merge(
         notes=tuple(note for note in (tokenizer_note(first) if native else None,) if note),
         added_tokens=alignment.added if alignment else (),
     )
+
+
+def _config(planner: Planner, own: Mapping[str, Any], dtype: str | None) -> dict[str, Any]:
+    """The result's config.json, made of a dense model's own."""
+    recipe, layout = planner.recipe, planner.layout
+    if layout.native:
+        return native_config(own, layout.model, recipe, layout.experts, planner.main_dtype)
+    if recipe.ffn_experts:
+        return bam_config(own, layout, recipe, planner.expert_names(), planner.main_dtype)
+    return dense_config(own, dtype)
 
 
 def choose_format(
