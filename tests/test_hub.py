@@ -22,6 +22,7 @@ from tests.test_seeds import edit_weights
 from tests.test_vocabulary import resize, set_added
 from tests.tiny import BY_NAME, VOCAB, edit_json, make_seed
 from upcycle.dense_config import read_dense
+from upcycle.hub import ask
 from upcycle.layout import make_layout
 from upcycle.scaling import DENSE
 
@@ -432,3 +433,19 @@ def test_vocabularies_and_templates_of_the_hub(hub: HubServer, cli: Cli, seeds: 
     assert cli("verify", "remote", "--seeds", *names).returncode == 0
     plain = cli("merge", "--seeds", *names, "--recipe", "btx", "--align-vocab", "--out", "plain")
     assert "the result has none, as seed 'code' has none; others are those of 'law'" in plain.stderr
+
+
+def test_ctrl_c_behind_a_failure_is_heard_and_nothing_is_tried_again() -> None:
+    """What cleans up after an interrupt inside the client may fail, and such a failure looks like the network's."""
+    calls = []
+
+    def call() -> None:
+        calls.append(1)
+        try:
+            raise KeyboardInterrupt
+        finally:
+            raise ConnectionError("the connection cannot be closed")
+
+    with pytest.raises(KeyboardInterrupt):
+        ask("a question", call)
+    assert len(calls) == 1

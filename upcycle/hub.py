@@ -65,6 +65,8 @@ def ask(what: str, call: Callable[[], T], attempts: int = ATTEMPTS) -> T:
         try:
             return call()
         except Exception as error:
+            if _was_interrupted(error):
+                raise KeyboardInterrupt from None
             silent = isinstance(error, http_error) and _status(error) is None  # the network's failure
             allowed = NETWORK_ATTEMPTS if silent else ATTEMPTS if _status(error) in PASSING else 1
             if attempt < min(allowed, attempts):
@@ -75,6 +77,17 @@ def ask(what: str, call: Callable[[], T], attempts: int = ATTEMPTS) -> T:
                 raise HubError(f"{what}: {explain(error)}") from None
             raise
     raise AssertionError
+
+
+def _was_interrupted(error: BaseException | None) -> bool:
+    """Whether Ctrl-C is behind an error: what cleans up behind it in the client may fail in its turn."""
+    seen: set[int] = set()
+    while error is not None and id(error) not in seen:
+        if isinstance(error, KeyboardInterrupt):
+            return True
+        seen.add(id(error))
+        error = error.__cause__ or error.__context__
+    return False
 
 
 def explain(error: Exception) -> str:
