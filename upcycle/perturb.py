@@ -15,7 +15,7 @@ from typing import Final
 import numpy as np
 from numpy.random import PCG64, RandomState
 
-from upcycle.numeric import Array
+from upcycle.numeric import FLOATS, Array
 from upcycle.planned import Perturbation
 
 LEVELS: Final = 2**16  # a quarter of a generator's word
@@ -32,12 +32,12 @@ class UnitSums:
 
     def moments(self, units: Array | None = None) -> tuple[float, float]:
         """Mean and standard deviation of the weights of some units, or of all."""
-        chosen = slice(None) if units is None else units
-        count = self.each * len(self.sums[chosen])
+        chosen = np.ones(len(self.sums), bool) if units is None else units
+        count = self.each * int(np.count_nonzero(chosen))
         if not count:
             return 0.0, 0.0
-        mean = float(self.sums[chosen].sum()) / count
-        return mean, max(0.0, float(self.squares[chosen].sum()) / count - mean**2) ** 0.5
+        mean = float(self.sums.sum(where=chosen)) / count
+        return mean, max(0.0, float(self.squares.sum(where=chosen)) / count - mean**2) ** 0.5
 
 
 @dataclass(frozen=True)
@@ -55,26 +55,33 @@ class Region:
     offset: int
 
 
-def perturbed(values: Array, region: Region, perturbation: Perturbation, sums: UnitSums, seed: int) -> Array:
-    """A stretch of a part's weights with its noise, or with the weights of dropped units drawn anew; in place.
+def add_noise(values: Array, region: Region, perturbation: Perturbation, sums: UnitSums, seed: int) -> None:
+    """Add a stretch's noise to its weights, in place.
 
     Args:
         values: fp32 `[n]`.
         sums: of the source's units.
         seed: the plan's random seed.
     """
-    if perturbation.noise:
-        noise = normal(f"{seed}:noise:{perturbation.key}", region.offset, len(values))
-        noise *= np.float32(perturbation.noise * sums.moments()[1])
-        values += noise
-    if perturbation.drop:
-        units = dropped_units(seed, perturbation.key.partition("|")[0], perturbation.inner, perturbation.drop)
-        mean, deviation = sums.moments(units)
-        drawn = normal(f"{seed}:drop:{perturbation.key}", region.offset, len(values))
-        drawn *= np.float32(deviation)
-        drawn += np.float32(mean)
-        np.copyto(values, drawn, where=_of_units(units, perturbation.axis, region))
-    return values
+    deviation = perturbation.noise * sums.moments()[1]
+    values += normal(f"{seed}:noise:{perturbation.key}", region.offset, len(values), 0.0, deviation)
+
+
+def redraw(
+    data: Array, dtype: str, region: Region, perturbation: Perturbation, sums: UnitSums, scale: float, seed: int
+) -> None:
+    """Draw the weights of a stretch's dropped units anew, in place.
+
+    Args:
+        data: raw bytes of `n` weights in `dtype`.
+        scale: by which the part is multiplied.
+    """
+    units = dropped_units(seed, perturbation.key.partition("|")[0], perturbation.inner, perturbation.drop)
+    mean, deviation = sums.moments(units)
+    bits = np.dtype(f"u{FLOATS[dtype].itemsize}")  # what is moved: numpy is slow with types that are not its own
+    weights, key = data.view(bits), f"{seed}:drop:{perturbation.key}"
+    drawn = normal(key, region.offset, len(weights), scale * mean, scale * deviation, dtype)
+    np.copyto(weights, drawn.view(bits), where=_of_units(units, perturbation.axis, region))
 
 
 def _of_units(units: Array, axis: int, region: Region) -> Array:
@@ -98,14 +105,16 @@ def dropped_units(seed: int, key: str, inner: int, share: float) -> Array:
     return chosen
 
 
-def normal(key: str, start: int, count: int) -> Array:
-    """Standard normal numbers `[count]` in fp32, from number `start` of the stream of that name."""
+def normal(key: str, start: int, count: int, mean: float = 0.0, deviation: float = 1.0, dtype: str = "F32") -> Array:
+    """Normal numbers `[count]`, rounded once to `dtype`, from number `start` of the stream of that name."""
     generator = PCG64(_words(key))
     first = start // LANES
     generator.advance(first)
     words = generator.random_raw(ceil((start + count) / LANES) - first)
     lanes = words.astype("<u8", copy=False).view("<u2")[start - first * LANES :][:count]
-    return np.take(_quantiles(), lanes)
+    with np.errstate(over="ignore", invalid="ignore"):  # who writes it looks whether it is finite
+        table = (_quantiles() * np.float32(deviation) + np.float32(mean)).astype(FLOATS[dtype], copy=False)
+    return np.take(table.view(f"u{table.itemsize}"), lanes).view(table.dtype)
 
 
 @cache
