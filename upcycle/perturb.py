@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from functools import cache, lru_cache
 from math import ceil
 from statistics import NormalDist
-from typing import Final
+from typing import Any, Final
 
 import numpy as np
 from numpy.random import PCG64, RandomState
@@ -81,12 +81,16 @@ def redraw(
     bits = np.dtype(f"u{FLOATS[dtype].itemsize}")  # what is moved: numpy is slow with types that are not its own
     weights, key = data.view(bits), f"{seed}:drop:{perturbation.key}"
     drawn = normal(key, region.offset, len(weights), scale * mean, scale * deviation, dtype)
-    np.copyto(weights, drawn.view(bits), where=_of_units(units, perturbation.axis, region))
+    # Where the mask's bits are set the drawn ones, else the weight's own: three passes, each faster than one that asks.
+    chosen = drawn.view(bits)
+    chosen ^= weights
+    chosen &= _of_units(units, perturbation.axis, region, bits)
+    weights ^= chosen
 
 
-def _of_units(units: Array, axis: int, region: Region) -> Array:
-    """Which elements of a region belong to chosen units, `[n]`."""
-    columns, inner = region.columns, len(units)
+def _of_units(units: Array, axis: int, region: Region, bits: np.dtype[Any]) -> Array:
+    """Which elements of a region belong to chosen units, `[n]`: all bits set, or none."""
+    units, columns, inner = -units.astype(bits), region.columns, len(units)
     first = region.start % columns
     if axis == 0:  # whole rows are units, and a region has all of them or begins and ends within some
         assert region.rows == 1, "rows of units lie one after another"
@@ -114,7 +118,8 @@ def normal(key: str, start: int, count: int, mean: float = 0.0, deviation: float
     lanes = words.astype("<u8", copy=False).view("<u2")[start - first * LANES :][:count]
     with np.errstate(over="ignore", invalid="ignore"):  # who writes it looks whether it is finite
         table = (_quantiles() * np.float32(deviation) + np.float32(mean)).astype(FLOATS[dtype], copy=False)
-    return np.take(table.view(f"u{table.itemsize}"), lanes).view(table.dtype)
+    drawn: Array = np.take(table.view(f"u{table.itemsize}"), lanes).view(table.dtype)
+    return drawn
 
 
 @cache
