@@ -15,7 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from tests.conftest import run_cli
 from tests.test_package import ROOT, fresh_environment, run
 from tests.tiny import BY_NAME, VOCAB, edit_json, make_seed, make_seeds
-from upcycle.errors import RecipeError
+from upcycle.errors import CheckpointError, RecipeError
 from upcycle.families import FAMILIES
 from upcycle.inspect import inspect_checkpoint
 from upcycle.merge import merge
@@ -376,3 +376,19 @@ def test_transformers_4_loads_and_generates_the_same(tmp_path):
         assert name in [native.architecture for native in NATIVE.values()]
         assert module == "transformers"
         assert keys == []
+
+
+@pytest.mark.parametrize("experts", [[0, 1, 2], ["a", "b"], [["a"], "b", "c"]])
+def test_experts_that_are_no_names_are_refused(experts, tmp_path):
+    merge(
+        plan_merge(
+            load_recipe("btx"),
+            read_seeds([str(path) for path in make_seeds(BY_NAME["llama"], tmp_path)]),
+            allow_unrelated=True,
+            format="native",
+        ),
+        tmp_path / "out",
+    )
+    edit_json(tmp_path / "out" / "upcycle.json", experts=experts)
+    with pytest.raises(CheckpointError, match=r"num_local_experts is 3, but upcycle\.json names \d experts"):
+        read_mixture(tmp_path / "out")

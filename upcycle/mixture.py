@@ -109,7 +109,12 @@ def _read_native(folder: Path, config: Mapping[str, Any], provenance: Mapping[st
     table = dict(provenance["recipe"])
     recipe, native = parse_recipe(str(table.pop("name")), table), NATIVE[config["model_type"]]
     shards, names, count = recipe.experts.granularity, list(provenance["experts"]), config[native.count]
-    if type(count) is not int or len(names) != count or count % shards or config["num_experts_per_tok"] % shards:
+    named = all(type(name) is str for name in names)
+    if not named or type(count) is not int or len(names) != count:
+        raise CheckpointError(
+            f"{folder / CONFIG}: {native.count} is {str(count)[:80]}, but {PROVENANCE} names {len(names)} experts"
+        )
+    if count % shards or config["num_experts_per_tok"] % shards:
         raise CheckpointError(
             f"{folder / CONFIG}: {native.count} is {count!r}, but {PROVENANCE} lists {len(names)} experts of "
             f"{shards} shards each"
