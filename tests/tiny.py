@@ -6,7 +6,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
+import transformers
+from packaging import version
 from transformers import AutoConfig, AutoModelForCausalLM, MixtralConfig
 
 VOCAB = 96
@@ -77,6 +80,12 @@ def dense_config(case: Case) -> Any:
     if sizes["num_key_value_heads"] is None:
         del sizes["num_key_value_heads"]
     return AutoConfig.for_model(case.model_type, **sizes)
+
+
+def skip_what_tells_nothing(name: str) -> None:
+    """GraniteMoe of older transformers tells no router logits."""
+    if name == "granite" and version.parse(transformers.__version__) < version.parse("5.24"):
+        pytest.skip("tells no router logits")
 
 
 def mixtral_config() -> MixtralConfig:

@@ -9,7 +9,7 @@ import torch
 from upcycle.heldout import Heldout
 from upcycle.losses import token_nll
 from upcycle.numeric import Array
-from upcycle.routing import RoutingTally
+from upcycle.routing import RoutingTally, told_logits
 
 
 @torch.no_grad()
@@ -39,7 +39,7 @@ def token_losses(
         if tally:
             counted = None if heldout.counted is None else torch.from_numpy(heldout.counted[rows]).flatten()
             attention = getattr(outputs, "attention_router_logits", None) or ()
-            tally.add(outputs.router_logits, attention, counted)
+            tally.add(told_logits(outputs), attention, counted)
         progress(len(tokens))
     return losses
 

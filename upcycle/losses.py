@@ -11,6 +11,7 @@ import torch
 
 from upcycle.liger import LossHead
 from upcycle.modeling.modeling_bam import load_balance_loss, z_loss
+from upcycle.routing import told_logits
 
 # Logits whose loss and gradient are made at once: on a CPU what its cache holds, on a GPU what keeps it busy.
 PIECE: Final = {"cpu": 2**18, "cuda": 2**26}
@@ -147,4 +148,4 @@ def forward_losses(
     if top_k is None:
         return nll, None
     attention = getattr(outputs, "attention_router_logits", None) or ()
-    return nll, router_losses(outputs.router_logits, attention, top_k, outputs.logits.device)
+    return nll, router_losses(told_logits(outputs), attention, top_k, outputs.logits.device)

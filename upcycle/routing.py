@@ -8,6 +8,23 @@ from typing import Any
 
 import torch
 
+from upcycle.errors import CheckpointError
+
+
+def told_logits(outputs: Any) -> Sequence[torch.Tensor]:
+    """The FFN routers' logits `[T, N]`, one a layer, of a forward that was asked for them.
+
+    Raises:
+        CheckpointError: the model's class does not tell them.
+    """
+    logits = getattr(outputs, "router_logits", None)
+    if not logits:
+        raise CheckpointError(
+            "the mixture tells no router logits, which routing losses and loads are made of; a newer version of "
+            "transformers may (GraniteMoe's does from 5.24 on)"
+        )
+    return tuple(logits)
+
 
 class RoutingTally:
     """Sums over the tokens seen so far, in float64, so that neither batches nor their order show in the means."""
