@@ -1,14 +1,16 @@
 """What makes copied experts differ: noise, and inner units drawn anew."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from tests.conftest import merge_and_load
 from tests.tiny import BY_NAME, make_seed, make_seeds
+from upcycle.errors import SeedError
 from upcycle.merge import merge
 from upcycle.perturb import UnitSums, dropped_units, normal
 from upcycle.plan import plan_merge
@@ -162,7 +164,7 @@ def test_experts_with_noise_are_finite_and_recorded(tmp_path):
 
 def test_draws_do_not_depend_on_where_they_begin():
     whole = normal("a", 0, 1000)
-    for start, count in ((0, 1), (1, 2), (3, 500), (997, 3), (4, 8)):
+    for start, count in ((0, 1), (1, 2), (3, 500), (7, 9), (8, 8), (997, 3), (4, 8)):
         assert np.array_equal(normal("a", start, count), whole[start : start + count])
     assert not np.array_equal(normal("b", 0, 1000), whole)
 
@@ -175,6 +177,36 @@ def test_draws_are_normal():
     expected = torch.special.ndtr(torch.from_numpy(values)).numpy()
     assert np.abs(expected - np.arange(len(values)) / len(values)).max() < 1.63 / len(values) ** 0.5
     assert abs(np.corrcoef(normal("x", 0, 50_000), normal("y", 0, 50_000))[0, 1]) < 0.02
+
+
+def test_draws_are_independent_of_their_neighbours():
+    """Two numbers are drawn at once: what is between them, and between one draw and the next, is nothing either."""
+    values = normal("neighbours", 0, 400_001).astype(np.float64)
+    for change in (np.array, np.square, np.abs, lambda x: x > 1.5):
+        for gap in (1, 2, 3, 4, 8):
+            for first in (0, 1):  # of a pair, and across two
+                one, two = change(values[first:-gap:2]), change(values[first + gap :: 2])
+                assert abs(np.corrcoef(one, two)[0, 1]) < 4 / len(one) ** 0.5 + 0.003, (gap, first)
+    # Of the quadrants beyond each of some quantiles, each pair's share is the product of its two numbers'.
+    pairs = values[:400_000].reshape(-1, 2)
+    for low, high in ((-1, 1), (0.5, -0.5), (2, 2), (-2, 1)):
+        share = ((pairs[:, 0] < low) & (pairs[:, 1] < high)).mean()
+        expected = float(torch.special.ndtr(torch.tensor([low, high], dtype=torch.float64)).prod())
+        assert abs(share - expected) < 4 * (expected * (1 - expected) / len(pairs)) ** 0.5
+
+
+@pytest.mark.parametrize("override", ["experts.drop=0.5", "experts.noise=1.0"])
+def test_draws_that_the_dtype_cannot_hold_are_refused_by_name(seed, tmp_path, override):
+    """Weights that are finite themselves, but whose like are not."""
+    shutil.copytree(seed, tmp_path / "big")
+    state = load_file(tmp_path / "big" / "model.safetensors")
+    name = "model.layers.1.mlp.up_proj.weight"
+    state[name] = torch.where(state[name] > 0, 3.3e38, -3.3e38)
+    save_file(state, tmp_path / "big" / "model.safetensors", metadata={"format": "pt"})
+    recipe = "drop-upcycling" if "drop" in override else "noise"
+    with pytest.raises(SeedError, match=r"'big'.*layers\.1\.mlp\.up_proj.*overflows.*F32 cannot hold"):
+        make([tmp_path / "big"], tmp_path / "out", recipe, override)
+    assert not (tmp_path / "out").exists()
 
 
 def test_the_share_of_units_is_rounded_down():

@@ -86,20 +86,23 @@ class Reader:
 
     def rows(self, source: Source, block: int, first: int, count: int, buffers: "Buffers") -> Array:
         """Read `count` rows of `block` elements, checked to be finite; raw bytes, one row after another."""
+        data = self.unchecked_rows(source, block, first, count, buffers)
+        self._check_finite(source, data, buffers.scratch, source.start + first * source.stride, block)
+        return data
+
+    def unchecked_rows(self, source: Source, block: int, first: int, count: int, buffers: "Buffers") -> Array:
+        """As `rows`, for who checks what becomes of them."""
         info = self.info(source)
         item = ITEM_SIZE[info.dtype]
         start = source.start + first * source.stride
         if count == 1 or source.stride == block:
-            data = self.read(source, start, count * block, buffers.source)
-        else:
-            span = (count - 1) * source.stride + block
-            raw = self.read(source, start, span, buffers.source)
-            shape, strides = (count, block * item), (source.stride * item, 1)
-            data = np.lib.stride_tricks.as_strided(raw, shape, strides).reshape(-1)  # copies: rows side by side
-        self.check_finite(source, data, buffers.scratch, start, block)
-        return data
+            return self.read(source, start, count * block, buffers.source)
+        span = (count - 1) * source.stride + block
+        raw = self.read(source, start, span, buffers.source)
+        shape, strides = (count, block * item), (source.stride * item, 1)
+        return np.lib.stride_tricks.as_strided(raw, shape, strides).reshape(-1)  # copies: rows side by side
 
-    def check_finite(self, source: Source, data: Array, scratch: Array, start: int, block: int) -> None:
+    def _check_finite(self, source: Source, data: Array, scratch: Array, start: int, block: int) -> None:
         info = self.info(source)
         found = first_not_finite(data, info.dtype, scratch)
         if found is None:
@@ -132,7 +135,7 @@ class Reader:
             values = to_float32(data.data, info.dtype).reshape(count, columns)
             here = slice(first, first + count) if axis == 0 else slice(None)
             sums[here] += values.sum(1 - axis, dtype=np.float64)
-            with np.errstate(over="ignore"):  # what is drawn with an infinite deviation is found by the cast
+            with np.errstate(over="ignore"):  # drawing with an infinite deviation is refused
                 squares[here] += np.square(values).sum(1 - axis, dtype=np.float64)
         found = UnitSums(sums, squares, columns if axis == 0 else info.shape[0])
         with self.lock:
@@ -240,24 +243,25 @@ def _mix(
         columns, begin = prod(reader.info(source).shape[1:]), stretch.first * part.block + stretch.start
         region = Region(source.start, stretch.rows, source.stride, stretch.width, columns, begin)
     noisy = perturbation is not None and perturbation.noise > 0
-    if len(sources) == 1 and part.scale == 1.0 and not noisy and reader.info(source).dtype == dtype:
-        data = reader.rows(source, stretch.width, 0, stretch.rows, buffers)
-    else:
-        values = _mean(reader, sources, stretch, weights, buffers)
-        with np.errstate(over="ignore", invalid="ignore"):  # what overflows is found and named by the cast
-            if perturbation is not None and noisy:
-                add_noise(values, region, perturbation, sums, plan.random_seed)
-            if part.scale != 1.0:
-                values *= np.float32(part.scale)
-        data = _cast(reader, sources, values, dtype, buffers)
-    if perturbation is not None and perturbation.drop:
-        redraw(data, dtype, region, perturbation, sums, part.scale, plan.random_seed)
-        if first_not_finite(data, dtype, buffers.scratch) is not None:
-            name = reader.sources[source.checkpoint].name
-            raise SeedError(
-                f"seed '{name}': tensor '{source.tensor}' has weights so large that {dtype} cannot hold what is drawn "
-                "like them; take another --dtype"
-            )
+    try:
+        if len(sources) == 1 and part.scale == 1.0 and not noisy and reader.info(source).dtype == dtype:
+            data = reader.rows(source, stretch.width, 0, stretch.rows, buffers)
+        else:
+            with np.errstate(over="ignore", invalid="ignore"):  # what is not finite is found and named by the cast
+                values = _mean(reader, sources, stretch, weights, buffers)
+                if perturbation is not None and noisy:
+                    add_noise(values, region, perturbation, sums, plan.random_seed)
+                if part.scale != 1.0:
+                    values *= np.float32(part.scale)
+            data = _cast(reader, sources, values, stretch, dtype, buffers)
+        if perturbation is not None and perturbation.drop:
+            redraw(data, dtype, region, perturbation, sums, part.scale, plan.random_seed)
+    except OverflowError as error:
+        name = reader.sources[source.checkpoint].name
+        raise SeedError(
+            f"seed '{name}': tensor '{source.tensor}' has weights so large that what is drawn like them overflows "
+            f"({error}); take another --dtype"
+        ) from error
     return data
 
 
@@ -288,15 +292,15 @@ def _mean(
     weights: tuple[float, ...] | Array,
     buffers: Buffers,
 ) -> Array:
-    """The weighted mean of a stretch of some sources, in fp32."""
+    """The weighted mean of a stretch of some sources, in fp32; not finite where one of them is not."""
     if len(sources) == 1:
-        data = reader.rows(sources[0], stretch.width, 0, stretch.rows, buffers)
+        data = reader.unchecked_rows(sources[0], stretch.width, 0, stretch.rows, buffers)
         return to_float32(data.data, reader.info(sources[0]).dtype)
     by_row = isinstance(weights, np.ndarray)
     equal = not by_row and len(set(weights)) == 1
     total: Array | None = None
     for index, source in enumerate(sources):
-        data = reader.rows(source, stretch.width, 0, stretch.rows, buffers)
+        data = reader.unchecked_rows(source, stretch.width, 0, stretch.rows, buffers)
         values = to_float32(data.data, reader.info(source).dtype)
         if isinstance(weights, np.ndarray):
             values *= weights[:, index].astype(np.float32).repeat(stretch.width)
@@ -305,19 +309,22 @@ def _mean(
         if total is None:
             total = values
         else:
-            with np.errstate(over="ignore"):  # what overflows is found and named by the cast
-                total += values
+            total += values
     assert total is not None
     if equal:
         total /= np.float32(len(sources))
     return total
 
 
-def _cast(reader: Reader, sources: Sequence[Source], values: Array, dtype: str, buffers: Buffers) -> Array:
-    with np.errstate(over="ignore"):
+def _cast(
+    reader: Reader, sources: Sequence[Source], values: Array, stretch: Stretch, dtype: str, buffers: Buffers
+) -> Array:
+    with np.errstate(over="ignore", invalid="ignore"):
         data = values.astype(FLOATS[dtype], copy=False).view(np.uint8)
     found = first_not_finite(data, dtype, buffers.scratch)
     if found is not None:
+        for source in sources:
+            reader.rows(source, stretch.width, 0, stretch.rows, buffers)  # names what is not finite in a source
         names = ", ".join(f"'{reader.sources[source.checkpoint].name}'" for source in sources)
         raise SeedError(
             f"seed {names}: tensor '{sources[0].tensor}' holds {values[found]:g}, which {dtype} cannot hold; "

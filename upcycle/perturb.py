@@ -2,7 +2,8 @@
 
 Random numbers belong to the plan, not to the way it is run: element e of a part is always drawn from the same place of
 a stream named by the plan's random seed and the part's key. The generator's raw words are frozen by numpy's policy, and
-what makes them normal is a table of 65,536 quantiles, so a draw is one look-up and the same everywhere.
+each quarter of one picks two normal numbers from a table of 65,536 pairs, so a draw is one look-up and the same
+everywhere: a merge that draws every weight of every expert shall not take longer than the disk.
 """
 
 import hashlib
@@ -19,10 +20,10 @@ from upcycle.numeric import FLOATS, Array
 from upcycle.planned import Perturbation
 
 LEVELS: Final = 2**16  # a quarter of a generator's word
-LANES: Final = 4
+NUMBERS: Final = 8  # of a word
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class UnitSums:
     """Of each inner unit of one FFN matrix the sum of its `each` weights and of their squares, `[I]` in float64."""
 
@@ -32,12 +33,13 @@ class UnitSums:
 
     def moments(self, units: Array | None = None) -> tuple[float, float]:
         """Mean and standard deviation of the weights of some units, or of all."""
-        chosen = np.ones(len(self.sums), bool) if units is None else units
-        count = self.each * int(np.count_nonzero(chosen))
+        chosen = slice(None) if units is None else units
+        sums, squares = self.sums[chosen], self.squares[chosen]
+        count = self.each * len(sums)
         if not count:
             return 0.0, 0.0
-        mean = float(self.sums.sum(where=chosen)) / count
-        return mean, max(0.0, float(self.squares.sum(where=chosen)) / count - mean**2) ** 0.5
+        mean = float(sums.sum()) / count
+        return mean, max(0.0, float(squares.sum()) / count - mean**2) ** 0.5
 
 
 @dataclass(frozen=True)
@@ -62,6 +64,9 @@ def add_noise(values: Array, region: Region, perturbation: Perturbation, sums: U
         values: fp32 `[n]`.
         sums: of the source's units.
         seed: the plan's random seed.
+
+    Raises:
+        OverflowError: fp32 cannot hold such numbers.
     """
     deviation = perturbation.noise * sums.moments()[1]
     values += normal(f"{seed}:noise:{perturbation.key}", region.offset, len(values), 0.0, deviation)
@@ -75,9 +80,11 @@ def redraw(
     Args:
         data: raw bytes of `n` weights in `dtype`.
         scale: by which the part is multiplied.
+
+    Raises:
+        OverflowError: `dtype` cannot hold such numbers.
     """
-    units = dropped_units(seed, perturbation.key.partition("|")[0], perturbation.inner, perturbation.drop)
-    mean, deviation = sums.moments(units)
+    units, mean, deviation = _dropped(seed, perturbation, sums)
     bits = np.dtype(f"u{FLOATS[dtype].itemsize}")  # what is moved: numpy is slow with types that are not its own
     weights, key = data.view(bits), f"{seed}:drop:{perturbation.key}"
     drawn = normal(key, region.offset, len(weights), scale * mean, scale * deviation, dtype)
@@ -101,7 +108,13 @@ def _of_units(units: Array, axis: int, region: Region, bits: np.dtype[Any]) -> A
     return np.tile(units, -(-(first + region.width) // columns))[first : first + region.width]
 
 
-@lru_cache(maxsize=64)
+@lru_cache(maxsize=4)
+def _dropped(seed: int, perturbation: Perturbation, sums: UnitSums) -> tuple[Array, float, float]:
+    """Which units of a matrix are drawn anew, and their weights' mean and deviation; kept while it is drawn."""
+    units = dropped_units(seed, perturbation.key.partition("|")[0], perturbation.inner, perturbation.drop)
+    return units, *sums.moments(units)
+
+
 def dropped_units(seed: int, key: str, inner: int, share: float) -> Array:
     """Which of `inner` units of an expert's FFN are drawn anew, `[I]`: floor(share * I) of them (arXiv:2502.19261)."""
     chosen = np.zeros(inner, bool)
@@ -112,24 +125,36 @@ def dropped_units(seed: int, key: str, inner: int, share: float) -> Array:
 def normal(key: str, start: int, count: int, mean: float = 0.0, deviation: float = 1.0, dtype: str = "F32") -> Array:
     """Normal numbers `[count]`, rounded once to `dtype`, from number `start` of the stream of that name."""
     generator = PCG64(_words(key))
-    first = start // LANES
+    first = start // NUMBERS
     generator.advance(first)
-    words = generator.random_raw(ceil((start + count) / LANES) - first)
-    lanes = words.astype("<u8", copy=False).view("<u2")[start - first * LANES :][:count]
-    with np.errstate(over="ignore", invalid="ignore"):  # who writes it looks whether it is finite
-        table = (_quantiles() * np.float32(deviation) + np.float32(mean)).astype(FLOATS[dtype], copy=False)
-    drawn: Array = np.take(table.view(f"u{table.itemsize}"), lanes).view(table.dtype)
-    return drawn
+    words = generator.random_raw(ceil((start + count) / NUMBERS) - first)
+    pairs = _pairs(mean, deviation, dtype)
+    drawn: Array = np.take(pairs, words.astype("<u8", copy=False).view("<u2"), mode="wrap").view(FLOATS[dtype])
+    return drawn[start - first * NUMBERS :][:count]
+
+
+@lru_cache(maxsize=4)
+def _pairs(mean: float, deviation: float, dtype: str) -> Array:
+    """`LEVELS` pairs of normal numbers of `dtype`, each as one unsigned integer; kept while a matrix is drawn."""
+    with np.errstate(over="ignore", invalid="ignore"):
+        table = (_normal_points() * np.float32(deviation) + np.float32(mean)).astype(FLOATS[dtype], copy=False)
+    if not np.isfinite(table).all():
+        raise OverflowError(f"{dtype} cannot hold normal numbers of mean {mean:g} and deviation {deviation:g}")
+    return table.view(f"u{2 * table.itemsize}")[:, 0]
 
 
 @cache
-def _quantiles() -> Array:
-    """The middle of each of `LEVELS` equally likely stretches of the normal distribution, fp32."""
-    upper = [NormalDist().inv_cdf((level + 0.5) / LEVELS) for level in range(LEVELS // 2, LEVELS)]
-    half = np.array(upper)
-    table = np.concatenate([-half[::-1], half])
-    scaled: Array = (table / table.std()).astype(np.float32)
-    return scaled
+def _normal_points() -> Array:
+    """`LEVELS` points spread evenly over the plane's normal distribution, fp32 `[LEVELS, 2]`.
+
+    They are Hammersley's: each coordinate takes the middle of each of `LEVELS` equally likely stretches once, the
+    second in the order of the first's bits reversed.
+    """
+    half = np.array([NormalDist().inv_cdf((level + 0.5) / LEVELS) for level in range(LEVELS // 2, LEVELS)])
+    quantiles = np.concatenate([-half[::-1], half])
+    axes = (2,) * (LEVELS.bit_length() - 1)  # one for each bit
+    points: Array = np.stack([quantiles, quantiles.reshape(axes).T.reshape(-1)], 1) / quantiles.std()
+    return points.astype(np.float32)
 
 
 def _words(key: str) -> Array:
