@@ -278,8 +278,8 @@ def mixturekit_words(given: str | None) -> list[str]:
     return [given or sys.executable, "-m", "MixtureKit.cli", "build"]
 
 
-def recipe_commands(seeds: Sequence[Path], out: Path) -> Iterator[Command]:
-    """Each recipe that ships: of three seeds, or of three copies of one, as native and as BAM where it can be both."""
+def recipe_commands(seeds: Sequence[Path], out: Path) -> Iterator[tuple[Command, int]]:
+    """Each recipe that ships, and how many seeds it reads: of three, or of three copies of one, native and as BAM."""
     from upcycle.recipe_file import builtin_recipes
 
     changes = {"btx-extra": ("experts.extra_from=seed:code",), "flex": ("router.ffn.init=random",)}
@@ -296,22 +296,25 @@ def recipe_commands(seeds: Sequence[Path], out: Path) -> Iterator[Command]:
         if recipe.ffn_experts and not recipe.attention_experts and recipe.ffn_router.normalize:
             formats += [] if recipe.experts.shared else ["native"]
         for format in formats:
-            yield Command(f"{name}, {format}", [*words, "--format", format], out)
+            yield Command(f"{name}, {format}", [*words, "--format", format], out), 1 if name == "flex" else len(given)
 
 
 def every_recipe(arguments: argparse.Namespace, seeds: Sequence[Path], work: Path, out: Path, drop: bool) -> None:
-    """Each recipe's merge beside `cat` of exactly as many bytes, in turns."""
+    """Each recipe's merge beside `cat` of as many bytes as it writes, or reads where those are more, in turns."""
     rows = []
-    for merge in recipe_commands(seeds, out):
+    for merge, count in recipe_commands(seeds, out):
         measure(merge, work / "log.txt", drop)  # untimed: it tells how many bytes there are
         merge.seconds.clear()
-        cat = cat_command(CAT_SAME, [*seeds, *seeds, *seeds], merge.nbytes, out)
+        read = sum((seed / "model.safetensors").stat().st_size for seed in seeds[:count])
+        cat = cat_command(CAT_SAME, [*seeds, *seeds, *seeds], max(read, merge.nbytes), out)
         race([merge, cat], arguments.runs, work, drop)
-        rows.append((merge, ratio(merge, cat)))
-    print("\n| recipe | median s | × cat of its bytes | GB | peak MB |\n|---|---:|---:|---:|---:|")
-    for merge, share in rows:
-        median = statistics.median(merge.seconds)
-        print(f"| {merge.name} | {median:.2f} | {share:.2f} | {merge.nbytes / 1e9:.2f} | {merge.memory / 1e6:.0f} |")
+        numbers = [f"{statistics.median(merge.seconds):.2f}", f"{ratio(merge, cat):.2f}"]
+        numbers += [f"{read / 1e9:.2f}", f"{merge.nbytes / 1e9:.2f}", f"{merge.memory / 1e6:.0f}"]
+        rows.append(f"| {merge.name} | {' | '.join(numbers)} |")
+    print(
+        "\n| recipe | median s | × cat of its bytes | GB read | GB written | peak MB |\n|---|---:|---:|---:|---:|---:|"
+    )
+    print("\n".join(rows))
 
 
 def race(commands: Sequence[Command], runs: int, work: Path, drop: bool) -> None:
