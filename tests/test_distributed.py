@@ -14,7 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.conftest import merge_and_load, run_cli
+from tests.conftest import run_cli
 from tests.tiny import BY_NAME, make_seeds
 from tests.training import arguments, metrics
 
@@ -91,12 +91,35 @@ def test_two_processes_train_like_one_also_when_killed(
         torch.testing.assert_close(straight[name], value, atol=1e-6, rtol=0, msg=name)
 
 
+def make_mixture(case: str, recipe: str, format: str, folder: Path) -> Path:
+    seeds = make_seeds(BY_NAME[case], folder / "unrelated", dtype=torch.bfloat16)
+    options = ["--recipe", recipe, "--format", format, "--allow-unrelated", "--out", str(folder / "made")]
+    done = run_cli("merge", "--seeds", *map(str, seeds), *options)
+    assert done.returncode == 0, done.stderr
+    return folder / "made"
+
+
+def test_a_native_mixture_trains_sharded_like_on_one_process(data: Mapping[str, str], tmp_path: Path) -> None:
+    mixtral = make_mixture("llama", "btx", "native", tmp_path)
+    done = run_cli(*arguments(mixtral, data, tmp_path / "one", *SIZES), OMP_NUM_THREADS="1")
+    assert done.returncode == 0, done.stderr
+    launch(arguments(mixtral, data, tmp_path / "two", *SIZES, "--shard"))
+    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), abs=1e-5)
+    two = load_file(tmp_path / "two" / "model.safetensors")
+    before = load_file(mixtral / "model.safetensors")
+    assert two.keys() == before.keys()
+    for name, value in load_file(tmp_path / "one" / "model.safetensors").items():
+        torch.testing.assert_close(two[name], value, atol=1e-2, rtol=1e-2, msg=name)
+        assert not torch.equal(two[name], before[name]), name
+
+
 WORKER = """
 import json, sys, torch
 from pathlib import Path
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
-from upcycle.weights import load_model, load_sharded, write_weights
+from upcycle.sharding import load_sharded
+from upcycle.weights import load_model, write_weights
 
 folder, out = Path(sys.argv[1]), Path(sys.argv[2])
 torch.distributed.init_process_group("gloo")
@@ -118,10 +141,21 @@ with torch.no_grad():
 """
 
 
-@pytest.mark.parametrize("case", ["llama", "llama-biases"], ids=["untied", "tied"])
-def test_a_sharded_model_holds_its_share_and_is_written_byte_for_byte(case: str, tmp_path: Path) -> None:
-    folder = tmp_path / "mixture"
-    merge_and_load(make_seeds(BY_NAME[case], tmp_path / "seeds", dtype=torch.bfloat16), folder, "bam")
+@pytest.mark.parametrize(
+    ("case", "recipe", "format"),
+    [
+        ("llama", "bam", "bam"),
+        ("llama-biases", "bam", "bam"),  # tied
+        ("llama", "btx", "native"),
+        ("qwen2-full", "shared-expert", "native"),
+        ("granite", "btx", "native"),  # stores its experts stacked
+        ("olmo2", "btx", "native"),
+    ],
+)
+def test_a_sharded_model_holds_its_share_and_is_written_byte_for_byte(
+    case: str, recipe: str, format: str, tmp_path: Path
+) -> None:
+    folder = make_mixture(case, recipe, format, tmp_path)
     (tmp_path / "worker.py").write_text(WORKER)
     (tmp_path / "out").mkdir()
     command = [*LAUNCH, str(tmp_path / "worker.py"), str(folder), str(tmp_path / "out")]

@@ -30,6 +30,7 @@ from upcycle.optimization import add_lora, choose_trained, forget_others, make_o
 from upcycle.processes import make_accelerator, mean_over_forwards, one_by_one
 from upcycle.run_folder import PROGRESS, RunFolder, copy_companions
 from upcycle.schedules import schedule
+from upcycle.sharding import load_sharded
 from upcycle.speed import matmul_rate
 from upcycle.staging import partial_folder, staging
 from upcycle.stream import MAX_EPOCHS, Batch, TokenStream
@@ -37,7 +38,7 @@ from upcycle.training_data import check_same, prepare_data, training_record
 from upcycle.training_settings import ModelFacts, Settings, TrainingOptions, local_files, read_facts, resolve
 from upcycle.training_state import load_state, save_state
 from upcycle.watchdog import Watchdog
-from upcycle.weights import load_model, load_sharded, quiet_transformers, write_weights
+from upcycle.weights import load_model, quiet_transformers, write_weights
 
 Watch = Callable[[Mapping[str, Any]], None]
 

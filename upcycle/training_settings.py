@@ -336,11 +336,6 @@ def _check_options(options: TrainingOptions, facts: ModelFacts, processes: int, 
         raise TrainingError("--lora chooses what is trained itself (its factors and the routers); leave --train out")
     if options.shard and (options.lora or ":" in options.trained or options.optimizer == "adamw-offload"):
         raise TrainingError("--shard does not go with --lora, routers-then-all or adamw-offload")
-    if options.shard and facts.kind == "native":
-        raise TrainingError(
-            f"--shard reads a model tensor by tensor, and {options.model} stores its experts otherwise than memory "
-            "holds them; train it without --shard, or merge with --format bam"
-        )
     if options.shard and processes < 2:
         raise TrainingError("--shard spreads one model over several processes; start them with `accelerate launch`")
 

@@ -1,9 +1,8 @@
-"""A model's weights between disk and memory: whole or sharded, fp32 to train, back in the checkpoint's own dtypes."""
+"""A model's weights between disk and memory: fp32 to train, back in the checkpoint's own dtypes."""
 
 import hashlib
 import os
 import re
-import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -37,7 +36,7 @@ def load_model(folder: Path, dtype: torch.dtype = torch.float32) -> Any:
     Raises:
         CheckpointError: no checkpoint, a damaged one, or one whose tensors are not the model's.
     """
-    classes = _auto_class(folder)
+    classes = auto_class(folder)
     options: dict[str, Any] = {"dtype": dtype, "trust_remote_code": False, **experts_option(folder, dtype.itemsize)}
     try:
         model, info = classes.from_pretrained(folder, output_loading_info=True, ignore_mismatched_sizes=True, **options)
@@ -85,7 +84,8 @@ def check_plain(folder: Path) -> None:
         )
 
 
-def _auto_class(folder: Path) -> Any:
+def auto_class(folder: Path) -> Any:
+    """transformers' class that builds what a folder's config names, once the folder is known to be sound."""
     check_plain(folder)
     if is_mixture(folder, read_json(folder / CONFIG)):
         read_mixture(folder)  # says what is wrong with it, in which tensor
@@ -104,67 +104,6 @@ def quiet_transformers() -> None:
     upcycle.register()
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-
-
-def load_sharded(folder: Path, mesh: Any, device: torch.device, precision: str) -> Any:
-    """The model spread over the processes of a one-dimensional device mesh (FSDP2); each reads its share alone.
-
-    Every decoder layer is gathered when it computes and let go after, the rest (embeddings, final norm, head) as one
-    more group. Weights are fp32; "bf16" gathers and computes in bf16.
-
-    Raises:
-        CheckpointError: as `load_model`; also a checkpoint whose tensors are not those of the model in memory.
-    """
-    from accelerate import init_empty_weights
-    from safetensors import safe_open
-    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-    from torch.distributed.tensor import DTensor, Shard
-    from transformers import AutoConfig
-
-    classes = _auto_class(folder)
-    sources = read_tensors(folder)
-    with init_empty_weights(include_buffers=False):  # buffers (rotary frequencies) are computed, not stored
-        model = classes.from_config(AutoConfig.from_pretrained(folder), dtype=torch.float32)
-    model.tie_weights()  # registered one by one, tied weights had come apart
-    buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
-    policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32) if precision == "bf16" else MixedPrecisionPolicy()
-    processes = mesh.size()
-
-    def axis(parameter: nn.Parameter) -> Shard:
-        # Stacked experts [N, rows, columns] by rows: split by expert, few experts would leave processes empty.
-        return Shard(1 if parameter.dim() == 3 and parameter.shape[1] % processes == 0 else 0)
-
-    for layer in decoder_layers(model):
-        fully_shard(layer, mesh=mesh, mp_policy=policy, shard_placement_fn=axis)
-    fully_shard(model, mesh=mesh, mp_policy=policy, shard_placement_fn=axis)
-    # Families return a slice of their logits; nothing here writes into it.
-    warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
-    model.to_empty(device=device)
-    for name, buffer in model.named_buffers():
-        buffer.copy_(buffers[name])
-    files: dict[Path, Any] = {}
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            source = sources.get(name)
-            if source is None or source.shape != tuple(parameter.shape):
-                found = "nothing" if source is None else list(source.shape)
-                raise CheckpointError(
-                    f"{folder}: tensor '{name}': expected shape {list(parameter.shape)}, found {found}; a sharded "
-                    "model is read tensor by tensor, so only checkpoints that store what memory holds can be"
-                )
-            assert isinstance(parameter, DTensor)
-            if source.file not in files:
-                files[source.file] = safe_open(source.file, framework="pt")
-            parameter.to_local().copy_(files[source.file].get_slice(name)[_local_part(parameter)])
-    return model
-
-
-def _local_part(parameter: Any) -> tuple[slice, ...]:
-    """Which part of a sharded tensor this process holds."""
-    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
-
-    shape, offset = compute_local_shape_and_global_offset(parameter.shape, parameter.device_mesh, parameter.placements)
-    return tuple(slice(begin, begin + size) for begin, size in zip(offset, shape, strict=True))
 
 
 def checkpoint_fingerprint(folder: Path) -> str:
