@@ -28,8 +28,9 @@ from upcycle.errors import OutputError, UpcycleError, did_you_mean
 from upcycle.evaluation_inputs import EvaluationOptions
 from upcycle.merge import merge
 from upcycle.numeric import Array
-from upcycle.plan import count_experts, plan_merge
+from upcycle.plan import plan_merge
 from upcycle.recipe import Recipe
+from upcycle.recipe_checks import count_experts
 from upcycle.recipe_file import load_recipe
 from upcycle.report import write_report
 from upcycle.seeds import read_seeds

@@ -8,7 +8,6 @@ from upcycle.dense_config import DenseModel, read_dense
 from upcycle.errors import RecipeError
 from upcycle.families import FAMILIES
 from upcycle.native import NATIVE, native_misfit
-from upcycle.plan import check_recipe
 from upcycle.recipe import (
     ANCESTOR,
     EQUAL,
@@ -25,6 +24,7 @@ from upcycle.recipe import (
     Recipe,
     mixed_layers,
 )
+from upcycle.recipe_checks import check_recipe
 from upcycle.recipe_file import MAX_LAYERS
 from upcycle.scaling import Estimate, estimate
 

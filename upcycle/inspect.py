@@ -12,7 +12,7 @@ from upcycle.hub import look_up, read_remote_tensors
 from upcycle.layout import make_layout, takes_grouped_product
 from upcycle.mixture import is_mixture, read_mixture
 from upcycle.numeric import TORCH_NAMES
-from upcycle.plan import check_recipe
+from upcycle.recipe_checks import check_recipe
 from upcycle.recipe_file import builtin_recipes
 from upcycle.scaling import DEFAULT_CONTEXT, DENSE, Cost, dense_cost, layout_cost
 

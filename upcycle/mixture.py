@@ -12,9 +12,10 @@ from upcycle.errors import CheckpointError, RecipeError
 from upcycle.layout import PREFIX, Layout, Piece, make_layout
 from upcycle.native import NATIVE
 from upcycle.numeric import FLOATS
-from upcycle.plan import MergePlan, SourceCheckpoint, check_recipe
+from upcycle.plan import MergePlan, SourceCheckpoint
 from upcycle.planned import Part, PlannedGroup, PlannedTensor, Source
 from upcycle.recipe import EXPERTS, MEAN, ROLES, AttentionRouter, Experts, FfnRouter, Recipe
+from upcycle.recipe_checks import check_recipe
 from upcycle.recipe_file import MAX_EXPERTS, MAX_LAYERS, parse_recipe
 from upcycle.version import __version__
 

@@ -20,8 +20,8 @@ from upcycle.native import NATIVE, NativeClass, native_config, native_misfit
 from upcycle.numeric import Array
 from upcycle.planned import PlannedTensor, Source
 from upcycle.planner import Planner
-from upcycle.recipe import SEED_PREFIX, Recipe, mixed_layers
-from upcycle.recipe_file import MAX_EXPERTS
+from upcycle.recipe import Recipe
+from upcycle.recipe_checks import check_names, check_recipe, count_experts
 from upcycle.seeds import Seed, adapter_record, check_tensors, read_license
 from upcycle.version import __version__
 from upcycle.vocabulary import Alignment, own_shapes
@@ -151,7 +151,7 @@ def plan_merge(
     experts = count_experts(recipe, len(seeds), num_experts)
     first = seeds[0]
     check_recipe(recipe, first.model, experts)
-    _check_names(recipe, seeds)
+    check_names(recipe, [seed.name for seed in seeds])
     native, misfit = choose_format(recipe, first.model, format, text is not None and bool(recipe.from_text()))
     model = alignment.model(first.model) if alignment else first.model
     layout = make_layout(model, recipe, experts, native)
@@ -261,89 +261,6 @@ def _provenance(
         "experts": planner.expert_names() if recipe.ffn_experts else [],
         "random_seed": random_seed,
     }
-
-
-def count_experts(recipe: Recipe, num_seeds: int, num_experts: int | None) -> int:
-    """How many experts a recipe makes of so many seeds.
-
-    Raises:
-        RecipeError: a number of seeds or experts that the recipe cannot take.
-    """
-    if recipe.copies:
-        if num_seeds != 1:
-            raise RecipeError(
-                f"recipe '{recipe.name}' copies one seed, but {num_seeds} are given; give one and --num-experts"
-            )
-        if num_experts is None or not 2 <= num_experts <= 1024:
-            raise RecipeError(f"recipe '{recipe.name}' needs --num-experts, from 2 to 1024; found {num_experts}")
-        return num_experts
-    if num_experts is not None and num_experts != num_seeds:
-        raise RecipeError(
-            f"--num-experts {num_experts} with {num_seeds} seeds: recipe '{recipe.name}' makes each seed one expert; "
-            "leave the option out, or take a recipe that copies one seed (sparse-upcycling)"
-        )
-    if num_seeds < 2:
-        raise RecipeError(
-            f"recipe '{recipe.name}' needs at least 2 seeds, found {num_seeds}; to copy one seed, take sparse-upcycling"
-        )
-    return num_seeds
-
-
-def check_recipe(recipe: Recipe, model: DenseModel, num_experts: int) -> None:
-    """Refuse a recipe that a family or a number of experts cannot serve.
-
-    Raises:
-        RecipeError: and why.
-    """
-    family, shards = model.family, recipe.experts.granularity
-    groups = recipe.ffn_groups(num_experts)
-    if recipe.ffn_experts:
-        mixed_layers(recipe.layers, model.sizes.layers)
-        if recipe.ffn_router.top_k > groups:
-            raise RecipeError(
-                f"recipe '{recipe.name}': router.ffn.top_k is {recipe.ffn_router.top_k}, "
-                f"but there are only {groups} experts"
-            )
-        if model.sizes.inner % shards:
-            raise RecipeError(
-                f"recipe '{recipe.name}': experts.granularity is {shards}, which does not divide the FFN's "
-                f"{model.sizes.inner} inner units (intermediate_size)"
-            )
-        if recipe.ffn_count(num_experts) > MAX_EXPERTS:
-            raise RecipeError(
-                f"recipe '{recipe.name}': {groups} FFNs in {shards} shards each are {groups * shards} experts, "
-                f"expected at most {MAX_EXPERTS}"
-            )
-    attention = recipe.attention_router
-    if recipe.attention_experts and attention.routing == "top-k" and attention.top_k > num_experts:
-        raise RecipeError(
-            f"recipe '{recipe.name}': router.attention.top_k is {attention.top_k}, "
-            f"but there are only {num_experts} attention experts"
-        )
-    if recipe.shared_key_value and not family.grouped_queries:
-        raise RecipeError(
-            f"recipe '{recipe.name}' shares keys and values among experts, but {model.model_type}'s attention has no "
-            "grouped queries: it gives every query head a key/value head of its own; take recipe 'bam'"
-        )
-
-
-def _check_names(recipe: Recipe, seeds: Sequence[Seed]) -> None:
-    names = [seed.name for seed in seeds]
-    ways = (*recipe.mix.values(), *recipe.experts.shared, recipe.experts.extra_from)
-    wanted = {way.removeprefix(SEED_PREFIX) for way in ways if way.startswith(SEED_PREFIX)}
-    wanted |= {*recipe.weights, *recipe.ffn_router.bias}
-    for name in sorted(wanted):
-        if name not in names:
-            by = "its weights speak" if name in recipe.weights else "it speaks"
-            raise RecipeError(
-                f"recipe '{recipe.name}': {by} of seed '{name}', which is not given{did_you_mean(name, names)}"
-            )
-    for name in names if recipe.weights else ():
-        if name not in recipe.weights:
-            raise RecipeError(
-                f"recipe '{recipe.name}': its weights give seed '{name}' no share; add one, {name} = 1 in [weights] or "
-                f"--weights … {name}=1"
-            )
 
 
 def _check_dtypes(seeds: Sequence[Seed], dense: Mapping[str, tuple[int, ...]], dtype: str | None) -> None:

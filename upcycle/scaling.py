@@ -11,8 +11,9 @@ from upcycle.errors import RecipeError
 from upcycle.layout import Layout, make_layout
 from upcycle.memory import BF16, FP32, held, training_memory
 from upcycle.numeric import TORCH_NAMES
-from upcycle.plan import MergePlan, check_recipe, choose_format
+from upcycle.plan import MergePlan, choose_format
 from upcycle.recipe import MEAN, ROLES, Recipe
+from upcycle.recipe_checks import check_recipe
 
 DEFAULT_CONTEXT: Final = 2048
 DENSE: Final = Recipe(name="dense", summary="One dense model.", mix=dict.fromkeys(ROLES, MEAN))
