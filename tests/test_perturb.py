@@ -189,10 +189,29 @@ def test_draws_are_independent_of_their_neighbours():
                 assert abs(np.corrcoef(one, two)[0, 1]) < 4 / len(one) ** 0.5 + 0.003, (gap, first)
     # Of the quadrants beyond each of some quantiles, each pair's share is the product of its two numbers'.
     pairs = values[:400_000].reshape(-1, 2)
+    assert np.linalg.norm(pairs, axis=1).max() < 5.5  # beyond which 1 of 4 million lies
+    for powers in ((2, 2), (3, 1), (1, 3), (3, 3), (2, 4)):
+        one, two = (pairs[:, axis] ** power for axis, power in enumerate(powers))
+        assert abs((one * two).mean() - one.mean() * two.mean()) < 4 * (one * two).std() / len(pairs) ** 0.5
     for low, high in ((-1, 1), (0.5, -0.5), (2, 2), (-2, 1)):
         share = ((pairs[:, 0] < low) & (pairs[:, 1] < high)).mean()
         expected = float(torch.special.ndtr(torch.tensor([low, high], dtype=torch.float64)).prod())
         assert abs(share - expected) < 4 * (expected * (1 - expected) / len(pairs)) ** 0.5
+
+
+@pytest.mark.parametrize(("override", "expected"), [("experts.drop=0.9", 0.0), ("experts.noise=1.0", 1.0)])
+def test_an_extra_expert_is_perturbed_like_what_it_is_made_of(tmp_path, override, expected):
+    """The mean of unrelated seeds has weights that are smaller than any seed's: so is what is drawn."""
+    paths = make_seeds(BY_NAME["llama"], tmp_path)
+    extra = ("experts.extra=1", "experts.extra_from=mean")
+    plain = make(paths, tmp_path / "plain", "btx", *extra)
+    result = make(paths, tmp_path / "out", "btx", *extra, override)
+    for layer in range(LAYERS):
+        for before, after in zip(matrices(plain, layer), matrices(result, layer), strict=True):
+            for expert in range(4):
+                spread = before[expert].std()
+                found = (after - before)[expert].std() if expected else after[expert].std() - spread
+                assert abs(found / spread - expected) < 0.15, (layer, expert)
 
 
 @pytest.mark.parametrize("override", ["experts.drop=0.5", "experts.noise=1.0"])
@@ -211,4 +230,5 @@ def test_draws_that_the_dtype_cannot_hold_are_refused_by_name(seed, tmp_path, ov
 
 def test_the_share_of_units_is_rounded_down():
     assert [int(dropped_units(0, "k", 10, share).sum()) for share in (0.05, 0.5, 0.99, 1.0)] == [0, 5, 9, 10]
+    assert int(dropped_units(0, "k", 100, 0.29).sum()) == 29  # 28.999999999999996 in floats
     assert UnitSums(np.zeros(4), np.zeros(4), 3).moments(np.zeros(4, bool)) == (0.0, 0.0)

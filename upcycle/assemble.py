@@ -5,171 +5,30 @@ router.
 """
 
 import hashlib
-import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from math import prod
-from pathlib import Path
 from typing import Final
 
 import numpy as np
 from numpy.random import RandomState
 
-from upcycle.adapters import Factors, read_made
-from upcycle.checkpoint import ITEM_SIZE, TensorInfo
-from upcycle.errors import CheckpointError, SeedError
+from upcycle.checkpoint import ITEM_SIZE
+from upcycle.errors import SeedError
 from upcycle.numeric import FLOATS, Array, first_not_finite, to_float32
-from upcycle.perturb import Region, UnitSums, add_noise, redraw
+from upcycle.perturb import Draw, Region, UnitSums
 from upcycle.plan import MergePlan
 from upcycle.planned import Constant, Part, PlannedGroup, PlannedTensor, RandomInit, Source
+from upcycle.reader import CHUNK, Buffers, Reader
 from upcycle.vocabulary import usage_of
 
-CHUNK: Final = 4 << 20  # bytes a job moves
 MEAN_CHUNK: Final = 1 << 20  # bytes of each source that a mean takes at once: its fp32 sums stay in the cache
 CONTIGUOUS: Final = 256 << 10  # blocks from this size on are copied by themselves, smaller ones assembled in a buffer
 KEPT_SUMS: Final = 16  # FFN matrices
 
-Job = Callable[["Buffers"], Array]  # the next bytes of a tensor, in a buffer that the next job uses again
-
-
-class Buffers:
-    """One thread's memory: everything a job needs, allocated once."""
-
-    def __init__(self) -> None:
-        # The C library learns from what is freed which sizes to keep: without this it gives every job's arrays back to
-        # the system, and half of the time of a merge that computes goes into clearing fresh pages.
-        np.empty(4 * CHUNK, np.uint8)
-        self.source = np.empty(CHUNK, np.uint8)
-        self.scratch = np.empty(CHUNK, np.uint8)
-        self.target = np.empty(CHUNK, np.uint8)
-
-
-class Reader:
-    """The sources' files, opened once, and checked reads from them."""
-
-    def __init__(self, plan: MergePlan, stack: ExitStack) -> None:
-        self.sources = plan.sources
-        self.descriptors: dict[Path, int] = {}
-        for file in sorted({file for source in plan.sources for file in source.files}):
-            self.descriptors[file] = stack.enter_context(file.open("rb", buffering=0)).fileno()
-        self.sums: dict[tuple[int, str, int], UnitSums] = {}
-        self.lock = threading.Lock()
-        self.factors = Factors(lambda info, start, count: self._fill(info, start, np.empty(count, np.uint8)).data)
-
-    def info(self, source: Source) -> TensorInfo:
-        return self.sources[source.checkpoint].tensors[source.tensor]
-
-    def read(self, source: Source, start: int, count: int, into: Array) -> Array:
-        """Read `count` elements from element `start` of the source's tensor; raw bytes."""
-        info = self.info(source)
-        item = ITEM_SIZE[info.dtype]
-        data = into[: count * item]
-        if info.made is None:
-            return self._fill(info, start * item, data)
-        try:
-            data[:] = read_made(info, start, count, self.factors)
-        except CheckpointError as error:
-            raise SeedError(f"seed '{self.sources[source.checkpoint].name}': {error}") from error
-        return data
-
-    def _fill(self, info: TensorInfo, start: int, data: Array) -> Array:
-        """Fill `data` with what a file holds of a tensor from byte `start`."""
-        done = 0
-        while done < len(data):
-            got = os.preadv(self.descriptors[info.file], [data[done:].data], info.offset + start + done)
-            if not got:
-                raise CheckpointError(f"{info.file} ends before its tensors do; it became shorter meanwhile")
-            done += got
-        return data
-
-    def rows(self, source: Source, block: int, first: int, count: int, buffers: "Buffers") -> Array:
-        """Read `count` rows of `block` elements, checked to be finite; raw bytes, one row after another."""
-        data = self.unchecked_rows(source, block, first, count, buffers)
-        self._check_finite(source, data, buffers.scratch, source.start + first * source.stride, block)
-        return data
-
-    def unchecked_rows(self, source: Source, block: int, first: int, count: int, buffers: "Buffers") -> Array:
-        """As `rows`, for who checks what becomes of them."""
-        info = self.info(source)
-        item = ITEM_SIZE[info.dtype]
-        start = source.start + first * source.stride
-        if count == 1 or source.stride == block:
-            return self.read(source, start, count * block, buffers.source)
-        span = (count - 1) * source.stride + block
-        raw = self.read(source, start, span, buffers.source)
-        shape, strides = (count, block * item), (source.stride * item, 1)
-        return np.lib.stride_tricks.as_strided(raw, shape, strides).reshape(-1)  # copies: rows side by side
-
-    def _check_finite(self, source: Source, data: Array, scratch: Array, start: int, block: int) -> None:
-        info = self.info(source)
-        found = first_not_finite(data, info.dtype, scratch)
-        if found is None:
-            return
-        element = start + found // block * source.stride + found % block
-        index = [int(i) for i in np.unravel_index(element, info.shape)]
-        value = to_float32(data.tobytes(), info.dtype)[found]
-        name = self.sources[source.checkpoint].name
-        raise SeedError(
-            f"seed '{name}': tensor '{source.tensor}' holds {value} at {index}, expected finite numbers; "
-            "the training of this seed diverged, or the file is damaged"
-        )
-
-    def unit_sums(self, source: Source, axis: int, inner: int, buffers: "Buffers") -> UnitSums:
-        """The sums of an FFN matrix's inner units, read once; those of the last few matrices are kept."""
-        info = self.info(source)
-        columns = prod(info.shape[1:])
-        half = source.start // columns // inner if axis == 0 else 0  # of a fused gate and up
-        key = (source.checkpoint, source.tensor, half)
-        known = self.sums.get(key)
-        if known is not None:
-            return known
-        rows = inner if axis == 0 else info.shape[0]
-        sums, squares = np.zeros(inner), np.zeros(inner)
-        step = max(1, MEAN_CHUNK // 4 // columns)
-        for first in range(0, rows, step):
-            count = min(step, rows - first)
-            part = Source(source.checkpoint, source.tensor, (half * inner + first) * columns, 0)
-            data = self.rows(part, count * columns, 0, 1, buffers)
-            values = to_float32(data.data, info.dtype).reshape(count, columns)
-            here = slice(first, first + count) if axis == 0 else slice(None)
-            sums[here] += values.sum(1 - axis, dtype=np.float64)
-            with np.errstate(over="ignore"):  # drawing with an infinite deviation is refused
-                squares[here] += np.square(values).sum(1 - axis, dtype=np.float64)
-        found = UnitSums(sums, squares, columns if axis == 0 else info.shape[0])
-        with self.lock:
-            while len(self.sums) >= KEPT_SUMS:
-                self.sums.pop(next(iter(self.sums)))
-            self.sums[key] = found
-        return found
-
-
-def jobs(plan: MergePlan, reader: Reader, tensor: PlannedTensor) -> Iterator[Job]:
-    """What makes a tensor's bytes, in their order."""
-    if tensor.init:
-        yield _init_job(plan.random_seed, tensor, tensor.init)
-    row = 0  # of the output, where usage counts them
-    for group in tensor.groups:
-        usage = None if plan.usage is None else plan.usage[row : row + group.rows]
-        yield from _group_jobs(plan, reader, tensor.dtype, group, usage)
-        row += group.rows
-
-
-def _group_jobs(plan: MergePlan, reader: Reader, dtype: str, group: PlannedGroup, usage: Array | None) -> Iterator[Job]:
-    item = ITEM_SIZE[dtype]
-    # The widest of the output's row and of each source's stride, which all must fit a buffer in up to 4 bytes.
-    widest = max(group.width, *(source.stride for part in group.parts for source in part.sources))
-    by_usage = any(part.by_usage for part in group.parts)  # whose rows have weights of their own
-    large = 4 * widest > CHUNK or all(part.block * item >= CONTIGUOUS for part in group.parts)
-    if (group.rows == 1 or large) and not by_usage:
-        for row in range(group.rows):
-            for part in group.parts:
-                yield from _block_jobs(plan, reader, dtype, part, row)
-        return
-    step = CHUNK // (4 * widest)
-    for first in range(0, group.rows, step):
-        yield _rows_job(plan, reader, dtype, group, first, min(step, group.rows - first), usage)
+Job = Callable[[Buffers], Array]  # the next bytes of a tensor, in a buffer that the next job uses again
 
 
 @dataclass(frozen=True)
@@ -182,26 +41,52 @@ class Stretch:
     width: int
 
 
-def _block_jobs(plan: MergePlan, reader: Reader, dtype: str, part: Part, row: int) -> Iterator[Job]:
-    """One block, in stretches that fit the buffers."""
-    raw = len(part.sources) == 1 and part.perturbation is None
-    step = (CHUNK if raw else MEAN_CHUNK) // 4
+class Assembler:
+    """What makes a plan's tensors; several threads may use one, each with buffers of its own."""
 
-    def job(start: int) -> Job:
-        stretch = Stretch(row, 1, start, min(step, part.block - start))
-        return lambda buffers: _mix(plan, reader, dtype, part, stretch, part.weights, buffers)
+    def __init__(self, plan: MergePlan, reader: Reader) -> None:
+        self.plan, self.reader = plan, reader
+        self._sums: dict[tuple[object, ...], UnitSums] = {}
+        self._lock = threading.Lock()
 
-    for start in range(0, part.block, step):
-        yield job(start)
+    def jobs(self, tensor: PlannedTensor) -> Iterator[Job]:
+        """What makes a tensor's bytes, each to be done before the next is asked for."""
+        if tensor.init:
+            yield from _init_jobs(self.plan.random_seed, tensor, tensor.init)
+        row = 0  # of the output, where usage counts them
+        for group in tensor.groups:
+            usage = None if self.plan.usage is None else self.plan.usage[row : row + group.rows]
+            yield from self._group_jobs(tensor.dtype, group, usage)
+            row += group.rows
 
+    def _group_jobs(self, dtype: str, group: PlannedGroup, usage: Array | None) -> Iterator[Job]:
+        item = ITEM_SIZE[dtype]
+        # The widest of the output's row and of each source's stride, which all must fit a buffer in up to 4 bytes.
+        widest = max(group.width, *(source.stride for part in group.parts for source in part.sources))
+        by_usage = any(part.by_usage for part in group.parts)  # whose rows have weights of their own
+        long = all(part.block * item >= CONTIGUOUS for part in group.parts)
+        if not by_usage and (group.rows == 1 or long or 4 * widest > CHUNK):
+            for row in range(group.rows):
+                for part in group.parts:
+                    yield from self._block_jobs(dtype, part, row)
+            return
+        step = CHUNK // (4 * widest)
+        for first in range(0, group.rows, step):
+            yield partial(self._rows, dtype, group, usage, first, min(step, group.rows - first))
 
-def _rows_job(
-    plan: MergePlan, reader: Reader, dtype: str, group: PlannedGroup, first: int, count: int, usage: Array | None
-) -> Job:
-    """Some rows of a group, assembled side by side."""
-    item = ITEM_SIZE[dtype]
+    def _block_jobs(self, dtype: str, part: Part, row: int) -> Iterator[Job]:
+        """One block, in stretches that fit the buffers."""
+        raw = len(part.sources) == 1 and part.perturbation is None
+        step = (CHUNK if raw else MEAN_CHUNK) // 4
+        for start in range(0, part.block, step):
+            stretch = Stretch(row, 1, start, min(step, part.block - start))
+            yield partial(self._mix, dtype, part, stretch, part.weights)
 
-    def run(buffers: Buffers) -> Array:
+    def _rows(
+        self, dtype: str, group: PlannedGroup, usage: Array | None, first: int, count: int, buffers: Buffers
+    ) -> Array:
+        """Some rows of a group, assembled side by side."""
+        item = ITEM_SIZE[dtype]
         data = buffers.target[: count * group.width * item]
         rows, column = data.reshape(count, -1), 0
         for part in group.parts:
@@ -210,140 +95,167 @@ def _rows_job(
             if part.by_usage:
                 assert usage is not None, "a plan that was made again without its text cannot be run"
                 weights = usage_of(usage[first : first + count], [source.checkpoint for source in part.sources])
-            mixed = _mix(plan, reader, dtype, part, Stretch(first, count, 0, part.block), weights, buffers)
+            mixed = self._mix(dtype, part, Stretch(first, count, 0, part.block), weights, buffers)
             rows[:, column : column + width] = mixed.reshape(count, width)
             column += width
         return data
 
-    return run
+    def _mix(
+        self, dtype: str, part: Part, stretch: Stretch, weights: tuple[float, ...] | Array, buffers: Buffers
+    ) -> Array:
+        """A stretch of one source as `dtype`, or of the mean of several: summed in fp32, scaled, cast once; raw bytes.
 
-
-def _mix(
-    plan: MergePlan,
-    reader: Reader,
-    dtype: str,
-    part: Part,
-    stretch: Stretch,
-    weights: tuple[float, ...] | Array,
-    buffers: Buffers,
-) -> Array:
-    """A stretch of one source as `dtype`, or the mean of several: summed in fp32, scaled once, cast once; raw bytes.
-
-    Weights are those of the sources, or `[rows, sources]`.
-    """
-    sources = [
-        Source(s.checkpoint, s.tensor, s.start + stretch.first * s.stride + stretch.start, s.stride)
-        for s in part.sources
-    ]
-    if part.equal:
-        sources = [_equal(reader, sources, stretch, buffers)]
-    perturbation, source = part.perturbation, sources[0]
-    if perturbation is not None:
-        sums = reader.unit_sums(part.sources[0], perturbation.axis, perturbation.inner, buffers)
-        columns, begin = prod(reader.info(source).shape[1:]), stretch.first * part.block + stretch.start
-        region = Region(source.start, stretch.rows, source.stride, stretch.width, columns, begin)
-    noisy = perturbation is not None and perturbation.noise > 0
-    try:
-        if len(sources) == 1 and part.scale == 1.0 and not noisy and reader.info(source).dtype == dtype:
-            data = reader.rows(source, stretch.width, 0, stretch.rows, buffers)
-        else:
-            with np.errstate(over="ignore", invalid="ignore"):  # what is not finite is found and named by the cast
-                values = _mean(reader, sources, stretch, weights, buffers)
-                if perturbation is not None and noisy:
-                    add_noise(values, region, perturbation, sums, plan.random_seed)
-                if part.scale != 1.0:
-                    values *= np.float32(part.scale)
-            data = _cast(reader, sources, values, stretch, dtype, buffers)
-        if perturbation is not None and perturbation.drop:
-            redraw(data, dtype, region, perturbation, sums, part.scale, plan.random_seed)
-    except OverflowError as error:
-        name = reader.sources[source.checkpoint].name
-        raise SeedError(
-            f"seed '{name}': tensor '{source.tensor}' has weights so large that what is drawn like them overflows "
-            f"({error}); take another --dtype"
-        ) from error
-    return data
-
-
-def _equal(reader: Reader, sources: Sequence[Source], stretch: Stretch, buffers: Buffers) -> Source:
-    """The first of several sources, all of which must hold the same numbers there.
-
-    Raises:
-        SeedError: the first that differs.
-    """
-    first, *others = sources
-    data = reader.rows(first, stretch.width, 0, stretch.rows, buffers)
-    expected = to_float32(data.data, reader.info(first).dtype)
-    for other in others:
-        data = reader.rows(other, stretch.width, 0, stretch.rows, buffers)
-        if not np.array_equal(expected, to_float32(data.data, reader.info(other).dtype)):
-            one, two = (reader.sources[source.checkpoint].name for source in (first, other))
+        Weights are those of the sources, or `[rows, sources]`.
+        """
+        sources = [
+            replace(source, start=source.start + stretch.first * source.stride + stretch.start)
+            for source in part.sources
+        ]
+        if part.equal:
+            sources = [self._equal(sources, stretch, buffers)]
+        first, draw = sources[0], self._draw(part, sources[0], stretch, buffers)
+        as_it_is = len(sources) == 1 and part.scale == 1.0 and self.reader.info(first).dtype == dtype
+        try:
+            if as_it_is and not (draw and draw.perturbation.noise):
+                data = self.reader.rows(first, stretch.width, stretch.rows, buffers)
+            else:
+                with np.errstate(over="ignore", invalid="ignore"):  # what is not finite is found and named by the cast
+                    values = self._mean(sources, stretch, weights, buffers)
+                    if draw and draw.perturbation.noise:
+                        draw.add_noise(values)
+                    if part.scale != 1.0:
+                        values *= np.float32(part.scale)
+                data = self._cast(sources, values, stretch, dtype, buffers)
+            if draw and draw.perturbation.drop:
+                draw.replace_units(data, dtype, part.scale)
+        except OverflowError as error:
             raise SeedError(
-                f"seed '{two}': tensor '{other.tensor}' differs from that of seed '{one}', and the recipe mixes it by "
-                "'equal': it was to be frozen while the seeds were trained; mix it by mean, or leave that seed out"
-            )
-    return first
+                f"{self._named(sources)}: tensor '{first.tensor}' has weights so large that what is drawn like them "
+                f"overflows ({error}); take another --dtype"
+            ) from error
+        return data
 
+    def _equal(self, sources: Sequence[Source], stretch: Stretch, buffers: Buffers) -> Source:
+        """The first of several sources, all of which must hold the same numbers there.
 
-def _mean(
-    reader: Reader,
-    sources: Sequence[Source],
-    stretch: Stretch,
-    weights: tuple[float, ...] | Array,
-    buffers: Buffers,
-) -> Array:
-    """The weighted mean of a stretch of some sources, in fp32; not finite where one of them is not."""
-    if len(sources) == 1:
-        data = reader.unchecked_rows(sources[0], stretch.width, 0, stretch.rows, buffers)
-        return to_float32(data.data, reader.info(sources[0]).dtype)
-    by_row = isinstance(weights, np.ndarray)
-    equal = not by_row and len(set(weights)) == 1
-    total: Array | None = None
-    for index, source in enumerate(sources):
-        data = reader.unchecked_rows(source, stretch.width, 0, stretch.rows, buffers)
-        values = to_float32(data.data, reader.info(source).dtype)
-        if isinstance(weights, np.ndarray):
-            values *= weights[:, index].astype(np.float32).repeat(stretch.width)
-        elif not equal:
-            values *= np.float32(weights[index])
-        if total is None:
-            total = values
-        else:
-            total += values
-    assert total is not None
-    if equal:
-        total /= np.float32(len(sources))
-    return total
+        Raises:
+            SeedError: the first that differs.
+        """
+        first, *others = sources
+        data = self.reader.rows(first, stretch.width, stretch.rows, buffers)
+        expected = to_float32(data.data, self.reader.info(first).dtype)
+        for other in others:
+            data = self.reader.rows(other, stretch.width, stretch.rows, buffers)
+            if not np.array_equal(expected, to_float32(data.data, self.reader.info(other).dtype)):
+                one, two = (self.reader.sources[source.checkpoint].name for source in (first, other))
+                raise SeedError(
+                    f"seed '{two}': tensor '{other.tensor}' differs from that of seed '{one}', and the recipe mixes it "
+                    "by 'equal': it was to be frozen while the seeds were trained; mix it by mean, or leave that seed "
+                    "out"
+                )
+        return first
 
+    def _mean(
+        self, sources: Sequence[Source], stretch: Stretch, weights: tuple[float, ...] | Array, buffers: Buffers
+    ) -> Array:
+        """The weighted mean of a stretch of some sources, in fp32; not finite where one of them is not."""
 
-def _cast(
-    reader: Reader, sources: Sequence[Source], values: Array, stretch: Stretch, dtype: str, buffers: Buffers
-) -> Array:
-    with np.errstate(over="ignore", invalid="ignore"):
-        data = values.astype(FLOATS[dtype], copy=False).view(np.uint8)
-    found = first_not_finite(data, dtype, buffers.scratch)
-    if found is not None:
+        def share(index: int) -> Array:
+            data = self.reader.unchecked_rows(sources[index], stretch.width, stretch.rows, buffers)
+            values = to_float32(data.data, self.reader.info(sources[index]).dtype)
+            if isinstance(weights, np.ndarray) and len(sources) > 1:
+                values *= weights[:, index].astype(np.float32).repeat(stretch.width)
+            elif not equal:
+                values *= np.float32(weights[index])
+            return values
+
+        equal = len(sources) == 1 or (isinstance(weights, tuple) and len(set(weights)) == 1)
+        total = share(0)
+        for index in range(1, len(sources)):
+            total += share(index)
+        if len(sources) > 1 and equal:
+            total /= np.float32(len(sources))
+        return total
+
+    def _cast(self, sources: Sequence[Source], values: Array, stretch: Stretch, dtype: str, buffers: Buffers) -> Array:
+        """What was made of some sources in `dtype`; raw bytes.
+
+        Raises:
+            SeedError: a source that is not finite, or a number that fp32 or `dtype` cannot hold.
+        """
+        with np.errstate(over="ignore", invalid="ignore"):
+            data = values.astype(FLOATS[dtype], copy=False).view(np.uint8)
+        found = first_not_finite(data, dtype, buffers.scratch)
+        if found is None:
+            return data
         for source in sources:
-            reader.rows(source, stretch.width, 0, stretch.rows, buffers)  # names what is not finite in a source
-        names = ", ".join(f"'{reader.sources[source.checkpoint].name}'" for source in sources)
+            self.reader.rows(source, stretch.width, stretch.rows, buffers)  # names what is not finite in a source
+        where = f"{self._named(sources)}: tensor '{sources[0].tensor}'"
+        if not np.isfinite(values[found]):
+            raise SeedError(
+                f"{where} has weights so large that fp32, in which they are mixed, cannot hold what they give"
+            )
         raise SeedError(
-            f"seed {names}: tensor '{sources[0].tensor}' holds {values[found]:g}, which {dtype} cannot hold; "
-            "take another --dtype"
+            f"{where} would become {values[found]:g} in the mixture, which {dtype} cannot hold; take another --dtype"
         )
-    return data
+
+    def _named(self, sources: Sequence[Source]) -> str:
+        return f"seed {', '.join(repr(self.reader.sources[source.checkpoint].name) for source in sources)}"
+
+    def _draw(self, part: Part, first: Source, stretch: Stretch, buffers: Buffers) -> Draw | None:
+        """What is drawn for a stretch, whose first source begins where `first` says; None where nothing is."""
+        if part.perturbation is None:
+            return None
+        columns = prod(self.reader.info(first).shape[1:])
+        number = stretch.first * part.block + stretch.start
+        region = Region(first.start, stretch.rows, first.stride, stretch.width, columns, number)
+        return Draw(part.perturbation, self._unit_sums(part, buffers), region, self.plan.random_seed)
+
+    def _unit_sums(self, part: Part, buffers: Buffers) -> UnitSums:
+        """The sums of the inner units of a part's whole matrix, read once; those of the last few are kept."""
+        assert part.perturbation
+        axis, inner, shape = part.perturbation.axis, part.perturbation.inner, self.reader.info(part.sources[0]).shape
+        columns = prod(shape[1:])
+        half = part.sources[0].start // columns // inner if axis == 0 else 0  # of a fused gate and up
+        key = (half, part.weights, *((source.checkpoint, source.tensor) for source in part.sources))
+        known = self._sums.get(key)
+        if known is not None:
+            return known
+        rows = inner if axis == 0 else shape[0]
+        sums, squares = np.zeros(inner), np.zeros(inner)
+        step = max(1, MEAN_CHUNK // 4 // columns)
+        for first in range(0, rows, step):
+            count = min(step, rows - first)
+            stretch = Stretch(0, 1, 0, count * columns)
+            sources = [replace(source, start=(half * inner + first) * columns) for source in part.sources]
+            with np.errstate(over="ignore", invalid="ignore"):
+                mean = self._mean(sources, stretch, part.weights, buffers)
+            values = self._cast(sources, mean, stretch, "F32", buffers).view(np.float32).reshape(count, columns)
+            here = slice(first, first + count) if axis == 0 else slice(None)
+            sums[here] += values.sum(1 - axis, dtype=np.float64)
+            with np.errstate(over="ignore"):  # drawing with an infinite deviation is refused
+                squares[here] += np.square(values).sum(1 - axis, dtype=np.float64)
+        found = UnitSums(sums, squares, columns if axis == 0 else shape[0])
+        with self._lock:
+            while len(self._sums) >= KEPT_SUMS:
+                self._sums.pop(next(iter(self._sums)))
+            self._sums[key] = found
+        return found
 
 
-def _init_job(random_seed: int, tensor: PlannedTensor, init: RandomInit | Constant) -> Job:
-    def run(_: Buffers) -> Array:
-        if isinstance(init, Constant):
-            return np.array(init.values, np.float32).astype(FLOATS[tensor.dtype]).view(np.uint8)
-        if init.std == 0:
-            return np.zeros(tensor.nbytes, np.uint8)
-        rows, width = tensor.shape[0] // init.repeat, prod(tensor.shape[1:])
-        # The legacy generator's stream is frozen by numpy's policy, so the same plan gives the same router anywhere.
-        words = np.frombuffer(hashlib.sha256(f"{random_seed}:{tensor.name}".encode()).digest(), np.uint32)
-        values = RandomState(words).standard_normal((rows, width)) * init.std
-        values = values.repeat(init.repeat, 0).reshape(-1)
-        return values.astype(np.float32).astype(FLOATS[tensor.dtype]).view(np.uint8)
+def _init_jobs(random_seed: int, tensor: PlannedTensor, init: RandomInit | Constant) -> Iterator[Job]:
+    kind = FLOATS[tensor.dtype]
+    if isinstance(init, Constant):
+        yield lambda _: np.array(init.values, np.float32).astype(kind).view(np.uint8)
+        return
+    # The legacy generator's stream is frozen by numpy's policy, so the same plan gives the same router anywhere.
+    random = RandomState(np.frombuffer(hashlib.sha256(f"{random_seed}:{tensor.name}".encode()).digest(), np.uint32))
 
-    return run
+    def draw(rows: int, _: Buffers) -> Array:
+        values = random.standard_normal((rows, width)) * init.std if init.std else np.zeros((rows, width))
+        return values.astype(np.float32).astype(kind).repeat(init.repeat, 0).reshape(-1).view(np.uint8)
+
+    rows, width = tensor.shape[0] // init.repeat, prod(tensor.shape[1:])
+    step = max(1, CHUNK // (8 * width * init.repeat))
+    for first in range(0, rows, step):
+        yield partial(draw, min(step, rows - first))

@@ -18,7 +18,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
-from upcycle.assemble import CHUNK, Buffers, Reader, jobs
+from upcycle.assemble import Assembler
 from upcycle.card import read_card, write_card
 from upcycle.checkpoint import (
     CONFIG,
@@ -37,6 +37,7 @@ from upcycle.journal import JOURNAL, Journal, identity, stamp
 from upcycle.numeric import Array
 from upcycle.plan import MergePlan
 from upcycle.preflight import check_handles, check_place, check_readable_again, check_sources
+from upcycle.reader import CHUNK, Buffers, Reader
 from upcycle.staging import check_target, remove, staging
 from upcycle.vocabulary import extend_tokenizer
 
@@ -162,7 +163,7 @@ def _write_weights(
 ) -> dict[str, list[str]]:
     """Write all tensors that are not there yet; the checksums of all."""
     with ExitStack() as stack:
-        reader = Reader(plan, stack)
+        assembler = Assembler(plan, Reader(plan, stack))
         targets: dict[str, tuple[int, int]] = {}
         for shard in shards:
             descriptor = os.open(folder / shard.name, os.O_RDWR | os.O_CREAT, 0o666)
@@ -176,7 +177,7 @@ def _write_weights(
         if sums:
             known = sum(tensor.nbytes for tensor in plan.tensors if tensor.name in sums)
             tell(f"going on after an interrupted merge: {known:,} of {plan.nbytes:,} bytes are written and proven")
-        _run(plan, reader, targets, journal, sums, progress)
+        _run(assembler, targets, journal, sums, progress)
         for descriptor in {descriptor for descriptor, _ in targets.values()}:
             os.fsync(descriptor)
         return sums
@@ -203,8 +204,7 @@ def _proven(
 
 
 def _run(
-    plan: MergePlan,
-    reader: "Reader",
+    assembler: Assembler,
     targets: Mapping[str, tuple[int, int]],
     journal: Journal,
     sums: dict[str, list[str]],
@@ -212,7 +212,7 @@ def _run(
 ) -> None:
     """Write tensors on a few threads, and add their sums; the first failure, or Ctrl-C, stops all and is raised."""
     lock, stop = threading.Lock(), threading.Event()
-    tensors = iter([tensor for tensor in plan.tensors if tensor.name not in sums])
+    tensors = iter([tensor for tensor in assembler.plan.tensors if tensor.name not in sums])
 
     def work() -> None:
         buffers = Buffers()
@@ -223,7 +223,7 @@ def _run(
                 return
             total = TensorSum()
             descriptor, offset = targets[tensor.name]
-            for job in jobs(plan, reader, tensor):
+            for job in assembler.jobs(tensor):
                 if stop.is_set():
                     return
                 data = job(buffers)

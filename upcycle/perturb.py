@@ -8,6 +8,7 @@ everywhere: a merge that draws every weight of every expert shall not take longe
 
 import hashlib
 from dataclasses import dataclass
+from fractions import Fraction
 from functools import cache, lru_cache
 from math import ceil
 from statistics import NormalDist
@@ -57,42 +58,44 @@ class Region:
     offset: int
 
 
-def add_noise(values: Array, region: Region, perturbation: Perturbation, sums: UnitSums, seed: int) -> None:
-    """Add a stretch's noise to its weights, in place.
+@dataclass(frozen=True)
+class Draw:
+    """What is drawn for one stretch of a part: `sums` are of its whole matrix, `seed` is the plan's random seed."""
 
-    Args:
-        values: fp32 `[n]`.
-        sums: of the source's units.
-        seed: the plan's random seed.
+    perturbation: Perturbation
+    sums: UnitSums
+    region: Region
+    seed: int
 
-    Raises:
-        OverflowError: fp32 cannot hold such numbers.
-    """
-    deviation = perturbation.noise * sums.moments()[1]
-    values += normal(f"{seed}:noise:{perturbation.key}", region.offset, len(values), 0.0, deviation)
+    def add_noise(self, values: Array) -> None:
+        """Add the noise to the stretch's weights, fp32 `[n]`, in place.
 
+        Raises:
+            OverflowError: fp32 cannot hold such numbers.
+        """
+        deviation = self.perturbation.noise * self.sums.moments()[1]
+        key = f"{self.seed}:noise:{self.perturbation.key}"
+        values += normal(key, self.region.offset, len(values), 0.0, deviation)
 
-def redraw(
-    data: Array, dtype: str, region: Region, perturbation: Perturbation, sums: UnitSums, scale: float, seed: int
-) -> None:
-    """Draw the weights of a stretch's dropped units anew, in place.
+    def replace_units(self, data: Array, dtype: str, scale: float) -> None:
+        """Draw the weights of the dropped units anew, in place.
 
-    Args:
-        data: raw bytes of `n` weights in `dtype`.
-        scale: by which the part is multiplied.
+        Args:
+            data: raw bytes of `n` weights in `dtype`.
+            scale: by which the part is multiplied.
 
-    Raises:
-        OverflowError: `dtype` cannot hold such numbers.
-    """
-    units, mean, deviation = _dropped(seed, perturbation, sums)
-    bits = np.dtype(f"u{FLOATS[dtype].itemsize}")  # what is moved: numpy is slow with types that are not its own
-    weights, key = data.view(bits), f"{seed}:drop:{perturbation.key}"
-    drawn = normal(key, region.offset, len(weights), scale * mean, scale * deviation, dtype)
-    # Where the mask's bits are set the drawn ones, else the weight's own: three passes, each faster than one that asks.
-    chosen = drawn.view(bits)
-    chosen ^= weights
-    chosen &= _of_units(units, perturbation.axis, region, bits)
-    weights ^= chosen
+        Raises:
+            OverflowError: `dtype` cannot hold such numbers.
+        """
+        units, mean, deviation = _dropped(self.seed, self.perturbation, self.sums)
+        bits = np.dtype(f"u{FLOATS[dtype].itemsize}")  # what is moved: numpy is slow with types that are not its own
+        weights, key = data.view(bits), f"{self.seed}:drop:{self.perturbation.key}"
+        drawn = normal(key, self.region.offset, len(weights), scale * mean, scale * deviation, dtype)
+        # Where the mask's bits are set the drawn ones, else the weight's own: three passes, faster than one that asks.
+        chosen = drawn.view(bits)
+        chosen ^= weights
+        chosen &= _of_units(units, self.perturbation.axis, self.region, bits)
+        weights ^= chosen
 
 
 def _of_units(units: Array, axis: int, region: Region, bits: np.dtype[Any]) -> Array:
@@ -103,9 +106,8 @@ def _of_units(units: Array, axis: int, region: Region, bits: np.dtype[Any]) -> A
         assert region.rows == 1, "rows of units lie one after another"
         rows = np.arange(region.start // columns, (region.start + region.width - 1) // columns + 1) % inner
         return units[rows].repeat(columns)[first : first + region.width]
-    if region.rows > 1:  # the same columns of one row after another
-        return np.tile(units[first : first + region.width], region.rows)
-    return np.tile(units, -(-(first + region.width) // columns))[first : first + region.width]
+    # The same columns of one row after another, or one stretch over several rows.
+    return np.tile(np.tile(units, -(-(first + region.width) // columns))[first : first + region.width], region.rows)
 
 
 @lru_cache(maxsize=4)
@@ -118,7 +120,8 @@ def _dropped(seed: int, perturbation: Perturbation, sums: UnitSums) -> tuple[Arr
 def dropped_units(seed: int, key: str, inner: int, share: float) -> Array:
     """Which of `inner` units of an expert's FFN are drawn anew, `[I]`: floor(share * I) of them (arXiv:2502.19261)."""
     chosen = np.zeros(inner, bool)
-    chosen[RandomState(_words(f"{seed}:units:{key}")).permutation(inner)[: int(share * inner)]] = True
+    count = int(Fraction(str(share)) * inner)  # of the share as it was written: 0.29 * 100 is below 29 in floats
+    chosen[RandomState(_words(f"{seed}:units:{key}")).permutation(inner)[:count]] = True
     return chosen
 
 
@@ -148,12 +151,14 @@ def _normal_points() -> Array:
     """`LEVELS` points spread evenly over the plane's normal distribution, fp32 `[LEVELS, 2]`.
 
     They are Hammersley's: each coordinate takes the middle of each of `LEVELS` equally likely stretches once, the
-    second in the order of the first's bits reversed.
+    second in the order of the first's bits reversed; every other of these is turned over, since else the two ends would
+    meet themselves, and two extreme numbers each other far too often.
     """
     half = np.array([NormalDist().inv_cdf((level + 0.5) / LEVELS) for level in range(LEVELS // 2, LEVELS)])
     quantiles = np.concatenate([-half[::-1], half])
     axes = (2,) * (LEVELS.bit_length() - 1)  # one for each bit
-    points: Array = np.stack([quantiles, quantiles.reshape(axes).T.reshape(-1)], 1) / quantiles.std()
+    order = np.arange(LEVELS).reshape(axes).T.reshape(-1) ^ 0x5555
+    points: Array = np.stack([quantiles, quantiles[order]], 1) / quantiles.std()
     return points.astype(np.float32)
 
 

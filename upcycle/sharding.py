@@ -1,5 +1,6 @@
 """One model over several processes (FSDP2), of which each reads its share of the checkpoint alone."""
 
+import re
 import warnings
 from collections.abc import Mapping
 from math import prod
@@ -29,7 +30,7 @@ def load_sharded(folder: Path, mesh: Any, device: torch.device, precision: str) 
     from transformers import AutoConfig
 
     classes = auto_class(folder)
-    with init_empty_weights(include_buffers=False):  # buffers (rotary frequencies) are computed, not stored
+    with init_empty_weights(include_buffers=False):  # most buffers (rotary frequencies) are computed, not stored
         config = AutoConfig.from_pretrained(folder)
         model = classes.from_config(config, dtype=torch.float32, **experts_option(folder, torch.float32.itemsize))
     model.tie_weights()  # registered one by one, tied weights had come apart
@@ -55,62 +56,92 @@ def load_sharded(folder: Path, mesh: Any, device: torch.device, precision: str) 
 
 @torch.no_grad()
 def _read_shares(model: Any, folder: Path) -> None:
-    """Fill what this process holds of each parameter, from what the checkpoint stores of it."""
+    """Fill what this process holds of each parameter, and each stored buffer whole, from what the checkpoint stores.
+
+    Raises:
+        CheckpointError: tensors that are not the model's.
+    """
     from safetensors import safe_open
 
-    sources = read_tensors(folder)
+    sources, unread = read_tensors(folder), set(read_tensors(folder))
     files: dict[Path, Any] = {}
-    for name, parameter in model.named_parameters():
-        local, part = parameter.to_local(), _local_part(parameter)
-        for stored, first in _pieces(model, name, parameter, folder, sources).items():
+    kept = model.state_dict().keys()
+    stored_buffers = [(name, buffer) for name, buffer in model.named_buffers() if name in kept]
+    for name, memory in (*model.named_parameters(), *stored_buffers):
+        local = memory.to_local() if hasattr(memory, "to_local") else memory
+        part = _local_part(memory) if hasattr(memory, "to_local") else tuple(slice(0, size) for size in memory.shape)
+        for stored, first in _pieces(model, name, tuple(memory.shape), folder, sources).items():
             source = sources[stored]
+            unread.discard(stored)
             if source.file not in files:
                 files[source.file] = safe_open(source.file, framework="pt")
             tensor = files[source.file].get_slice(stored)
             if first is None:
-                local.copy_(tensor[part])
+                local.copy_(tensor[part] if part else files[source.file].get_tensor(stored))
                 continue
             # One expert's rows of a stack [N, rows, columns]: what of them lies in this process's part.
-            expert, row = divmod(first, parameter.shape[1])
+            expert, row = divmod(first, memory.shape[1])
             experts, rows = part[0], part[1]
             begin, end = max(row, rows.start), min(row + source.shape[0], rows.stop)
             if begin < end and experts.start <= expert < experts.stop:
                 mine = tensor[begin - row : end - row]
                 local[expert - experts.start, begin - rows.start : end - rows.start].copy_(mine)
+    _check_all_read(model, folder, unread)
+
+
+def _check_all_read(model: Any, folder: Path, unread: set[str]) -> None:
+    """Refuse tensors that the model has not, but for tied ones and those that its class leaves out."""
+    known = set(getattr(model, "all_tied_weights_keys", None) or {})
+    patterns = [re.compile(pattern) for pattern in getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()]
+    left = sorted(name for name in unread - known if not any(pattern.search(name) for pattern in patterns))
+    if left:
+        raise CheckpointError(
+            f"{folder} holds, but no model of its config has {len(left)} tensors, among them '{left[0]}'; its "
+            "config.json belongs to another checkpoint, or it is damaged"
+        )
 
 
 def _pieces(
-    model: Any, name: str, parameter: Any, folder: Path, sources: Mapping[str, TensorInfo]
+    model: Any, name: str, shape: tuple[int, ...], folder: Path, sources: Mapping[str, TensorInfo]
 ) -> dict[str, int | None]:
-    """The stored tensors that make a parameter, each with the first of its rows that it is; None: it is all of them.
+    """The stored tensors that make one in memory, each with the first of its rows that it is; None: it is all of them.
 
     What transformers would write of the rows' own numbers tells where they lie in the files.
 
     Raises:
         CheckpointError: the checkpoint lacks one of them, or they are no whole rows.
     """
-    shape = tuple(parameter.shape)
-    columns = shape[-1:] if len(shape) > 1 else ()
-    lead = shape[:-1] if columns else shape
-    numbers = torch.arange(prod(lead)).reshape(lead)
-    if columns:  # two of them: axes of one element are dropped on the way
-        numbers = numbers.unsqueeze(-1).expand(*lead, 2)
     pieces: dict[str, int | None] = {}
-    for stored, piece in as_stored(model, {name: numbers}).items():
-        rows = piece[..., 0] if columns else piece
-        source, expected = sources.get(stored), (*rows.shape, *columns)
+    count = 0
+    for stored, numbers in as_stored(model, {name: _numbered_rows(shape)}).items():
+        rows = numbers[..., 0] if len(shape) > 1 else numbers
+        source, expected = sources.get(stored), (*rows.shape, *shape[1:][-1:])
         if source is None or source.shape != expected:
             found = "nothing" if source is None else list(source.shape)
             raise CheckpointError(f"{folder}: tensor '{stored}': expected shape {list(expected)}, found {found}")
-        first, count, whole = int(rows.flatten()[0]), rows.numel(), expected == shape
-        in_order = torch.equal(rows.flatten(), torch.arange(first, first + count))
-        if not in_order or not (whole or (len(shape) == 3 and first % shape[1] + count <= shape[1])):
-            raise CheckpointError(
-                f"{folder}: tensor '{stored}' holds what memory has in '{name}' otherwise than row by row, as a "
-                "sharded model is read; train it without --shard"
-            )
-        pieces[stored] = None if whole else first
+        flat, whole = rows.flatten().tolist(), expected == shape
+        in_order = flat == list(range(flat[0], flat[0] + len(flat)))
+        if not in_order or not (whole or (len(shape) == 3 and flat[0] % shape[1] + len(flat) <= shape[1])):
+            raise _otherwise(folder, name, stored)
+        pieces[stored] = None if whole else flat[0]
+        count += len(flat)
+    if count != prod(shape[:-1] or shape):
+        raise _otherwise(folder, name, next(iter(pieces), name))
     return pieces
+
+
+def _numbered_rows(shape: tuple[int, ...]) -> torch.Tensor:
+    """The numbers of a tensor's rows, `[..., 2]`: axes of one element are dropped on the way to the names of files."""
+    lead = shape[:-1] or shape
+    numbers = torch.arange(prod(lead)).reshape(lead)
+    return numbers.unsqueeze(-1).expand(*lead, 2) if len(shape) > 1 else numbers
+
+
+def _otherwise(folder: Path, name: str, stored: str) -> CheckpointError:
+    return CheckpointError(
+        f"{folder}: tensor '{stored}' holds what memory has in '{name}' otherwise than row by row, as a sharded model "
+        "is read; train it without --shard"
+    )
 
 
 def _local_part(parameter: Any) -> tuple[slice, ...]:

@@ -13,7 +13,7 @@ from typing import Any, Final
 
 import numpy as np
 
-from upcycle.assemble import Buffers, Reader, jobs
+from upcycle.assemble import Assembler
 from upcycle.checkpoint import (
     CONFIG,
     COPIED_FILES,
@@ -34,6 +34,7 @@ from upcycle.mixture import is_mixture, read_mixture, router_records
 from upcycle.numeric import FLOATS, Array, first_not_finite
 from upcycle.plan import MergePlan, plan_merge
 from upcycle.planned import PlannedTensor
+from upcycle.reader import Buffers, Reader
 from upcycle.recipe_file import parse_recipe
 from upcycle.scaling import DENSE
 from upcycle.seeds import download, read_seeds
@@ -248,10 +249,10 @@ def _made_by(plan: MergePlan, stack: ExitStack, from_text: Collection[str]) -> "
         from_text: kinds of routers that were set from text.
     """
     routers = {tensor.name for tensor in plan.layout.mixture if tensor.router in from_text}
-    reader, buffers = Reader(plan, stack), Buffers()
+    assembler, buffers = Assembler(plan, Reader(plan, stack)), Buffers()
 
     def made(tensor: PlannedTensor) -> _Stream:
-        return _Stream(job(buffers) for job in jobs(plan, reader, tensor))
+        return _Stream(job(buffers) for job in assembler.jobs(tensor))
 
     def needs_text(tensor: PlannedTensor) -> bool:
         by_usage = any(part.by_usage for group in tensor.groups for part in group.parts)
