@@ -11,12 +11,12 @@ from pathlib import Path
 
 import pytest
 
-import upcycle.merge as merging
 from tests.conftest import branch
 from tests.test_merge import digests, make_plan
 from tests.test_seeds import edit_weights
 from tests.tiny import edit_json
 from upcycle import preflight
+from upcycle.assemble import Assembler
 from upcycle.errors import OutputError
 from upcycle.journal import JOURNAL
 from upcycle.merge import merge
@@ -171,8 +171,8 @@ def again(monkeypatch, seeds, tmp_path):
     """Go on in `out`: the tensors that were written, and what was told."""
     written, told = [], []
     with monkeypatch.context() as patch:
-        real = merging.jobs
-        patch.setattr(merging, "jobs", lambda plan, reader, one: written.append(one.name) or real(plan, reader, one))
+        real = Assembler.jobs
+        patch.setattr(Assembler, "jobs", lambda self, one: written.append(one.name) or real(self, one))
         merge(make_plan(seeds), tmp_path / "out", max_shard_size=60_000, tell=told.append)
     return sorted(written), told
 

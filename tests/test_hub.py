@@ -3,9 +3,11 @@
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -435,17 +437,38 @@ def test_vocabularies_and_templates_of_the_hub(hub: HubServer, cli: Cli, seeds: 
     assert "the result has none, as seed 'code' has none; others are those of 'law'" in plain.stderr
 
 
-def test_ctrl_c_behind_a_failure_is_heard_and_nothing_is_tried_again() -> None:
-    """What cleans up after an interrupt inside the client may fail, and such a failure looks like the network's."""
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("again", [False, True], ids=["fails", "is tried again"])
+def test_ctrl_c_that_gets_lost_in_the_client_is_heard(number: signal.Signals, again: bool) -> None:
+    """What cleans up after an interrupt may fail, which looks like the network's failure, and the client tries again."""
     calls = []
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
 
     def call() -> None:
         calls.append(1)
-        try:
-            raise KeyboardInterrupt
-        finally:
-            raise ConnectionError("the connection cannot be closed")
+        with suppress(ConnectionError if again else ()):
+            try:
+                signal.raise_signal(number)
+            finally:
+                raise ConnectionError("the connection cannot be closed")
 
-    with pytest.raises(KeyboardInterrupt):
-        ask("a question", call)
+    before = signal.signal(number, interrupt)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            ask("a question", call)
+        assert signal.getsignal(number) is interrupt
+    finally:
+        signal.signal(number, before)
     assert len(calls) == 1
+
+
+def test_a_signal_that_ends_nothing_is_left_to_whoever_handles_it() -> None:
+    heard: list[int] = []
+    before = signal.signal(signal.SIGINT, lambda number, _: heard.append(number))
+    try:
+        assert ask("a question", lambda: signal.raise_signal(signal.SIGINT) or "an answer") == "an answer"
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert heard == [signal.SIGINT]

@@ -7,13 +7,16 @@ so it is imported where it is needed.
 import os
 import re
 import shutil
+import signal
+import threading
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from types import FrameType
 from typing import Any, Final, TypeVar
 
 from upcycle.checkpoint import (
@@ -63,10 +66,9 @@ def ask(what: str, call: Callable[[], T], attempts: int = ATTEMPTS) -> T:
     http_error: Any = HfHubHTTPError.__bases__[0]
     for attempt in range(1, attempts + 1):
         try:
-            return call()
+            with _heard_interrupts():
+                return call()
         except Exception as error:
-            if _was_interrupted(error):
-                raise KeyboardInterrupt from None
             silent = isinstance(error, http_error) and _status(error) is None  # the network's failure
             allowed = NETWORK_ATTEMPTS if silent else ATTEMPTS if _status(error) in PASSING else 1
             if attempt < min(allowed, attempts):
@@ -79,15 +81,39 @@ def ask(what: str, call: Callable[[], T], attempts: int = ATTEMPTS) -> T:
     raise AssertionError
 
 
-def _was_interrupted(error: BaseException | None) -> bool:
-    """Whether Ctrl-C is behind an error: what cleans up behind it in the client may fail in its turn."""
-    seen: set[int] = set()
-    while error is not None and id(error) not in seen:
-        if isinstance(error, KeyboardInterrupt):
-            return True
-        seen.add(id(error))
-        error = error.__cause__ or error.__context__
-    return False
+@contextmanager
+def _heard_interrupts() -> Iterator[None]:
+    """Raise KeyboardInterrupt at the end if it was raised within and got lost.
+
+    What cleans up behind it in the client may fail in its turn, which looks like the network's failure, for which the
+    client itself may try again.
+    """
+    came = False
+    handlers: dict[signal.Signals, Any] = {}
+
+    def hear(number: int, frame: FrameType | None) -> None:
+        nonlocal came
+        try:
+            handlers[signal.Signals(number)](number, frame)
+        except KeyboardInterrupt:
+            came = True
+            raise
+
+    if threading.current_thread() is threading.main_thread():
+        handlers |= {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    handlers = {number: handler for number, handler in handlers.items() if callable(handler)}
+    try:
+        for number in handlers:
+            signal.signal(number, hear)
+        yield
+    except Exception:
+        if not came:
+            raise
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+    if came:
+        raise KeyboardInterrupt
 
 
 def explain(error: Exception) -> str:
