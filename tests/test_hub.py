@@ -440,7 +440,7 @@ def test_vocabularies_and_templates_of_the_hub(hub: HubServer, cli: Cli, seeds: 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 @pytest.mark.parametrize("again", [False, True], ids=["fails", "is tried again"])
 def test_ctrl_c_that_gets_lost_in_the_client_is_heard(number: signal.Signals, again: bool) -> None:
-    """What cleans up after an interrupt may fail, which looks like the network's failure, and the client tries again."""
+    """What cleans up after an interrupt may fail, which looks like a failure of the network, and it tries again."""
     calls = []
 
     def interrupt(*_: object) -> None:
