@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from statistics import fmean, geometric_mean
 from typing import Annotated, Any, Literal
 
 import typer
@@ -183,7 +184,8 @@ def _plain_table(
     title: str, models: Mapping[str, Any], names: Mapping[str, str], domains: Sequence[str], key: str, digits: int
 ) -> None:
     rows = {model: [_finite(entry["domains"][domain][key]) for domain in domains] for model, entry in models.items()}
-    columns = list(zip(*([*row, sum(row) / len(row)] for row in rows.values()), strict=True))
+    mean = geometric_mean if key == "perplexity" else fmean  # the exponential of the mean loss, whose order it keeps
+    columns = list(zip(*([*row, mean(row)] for row in rows.values()), strict=True))
     table = [
         [names[model], *(_starred(column, index, digits) for column in columns)] for index, model in enumerate(rows)
     ]

@@ -12,6 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, MixtralForCausalLM
+from upcycle.cli.evaluate import _plain_table
 
 from tests.conftest import branch, merge_and_load, run_cli, write_tokenizer
 from tests.tiny import BY_NAME, VOCAB, edit_json, make_seed, make_seeds, mixtral_config, skip_what_tells_nothing
@@ -447,3 +448,15 @@ def test_native_mixtures_that_upcycle_merged_tell_whom_they_route(
     assert found["domains"]["code"]["loss"] == pytest.approx(
         plain_loss(tmp_path / "mix", np.load(rows["code"])[:4]), rel=0.2
     )
+
+
+def test_the_mean_perplexity_ranks_as_the_mean_loss_does(capsys: pytest.CaptureFixture[str]) -> None:
+    """It is that loss's exponential: an arithmetic mean would be the worst domain's."""
+    losses = {"even": (4.3, 4.3), "uneven": (3.0, 5.5)}
+    models = {
+        name: {"domains": {domain: {"perplexity": math.exp(loss)} for domain, loss in zip("ab", row, strict=True)}}
+        for name, row in losses.items()
+    }
+    _plain_table("Perplexity", models, {name: name for name in models}, ["a", "b"], "perplexity", 2)
+    even, uneven = (line.split()[-1] for line in capsys.readouterr().out.splitlines() if "even" in line)
+    assert (even, uneven) == (f"{math.exp(4.3):.2f}", f"*{math.exp(4.25):.2f}")

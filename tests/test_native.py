@@ -198,7 +198,6 @@ def test_heads_as_a_config_may_write_them(case, change, tmp_path):
 
 
 REFUSED = {
-    "dense": ("llama", "average", (), "makes a dense model"),
     "attention": ("llama", "bam", (), "attention is mixed too"),
     "family": ("gemma2", "btx", (), "no mixture class whose layers are those of a Gemma2ForCausalLM"),
     "biases": ("llama-biases", "btx", (), "attention_bias = True, and Mixtral knows only False"),
@@ -221,8 +220,15 @@ def test_what_no_class_computes_is_refused_and_auto_says_why(why, tmp_path):
         make_plan(paths, recipe, *overrides, text=text)
     assert reason in str(refusal.value)
     plan = make_plan(paths, recipe, *overrides, format="auto", text=text)
-    assert plan.format == ("dense" if why == "dense" else "bam")
+    assert plan.format == "bam"
     assert str(refusal.value) == f"--format native: {plan.native_misfit}; --format auto takes BAM's format there"
+
+
+@pytest.mark.parametrize("format", ["native", "bam"])
+def test_a_dense_result_has_one_format(format, seeds):
+    with pytest.raises(RecipeError, match=r"^recipe 'average' makes a dense model, which has one format; leave"):
+        make_plan(seeds, "average", format=format)
+    assert make_plan(seeds, "average", format="auto").format == "dense"
 
 
 def test_the_command_line_says_why(seeds, tmp_path):

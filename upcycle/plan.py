@@ -221,7 +221,7 @@ def choose_format(
     """
     if wanted not in FORMATS:
         raise RecipeError(f"there is no format '{wanted}'{did_you_mean(wanted, FORMATS)}")
-    if wanted == "bam" and not recipe.ffn_experts:
+    if wanted != "auto" and not recipe.ffn_experts:
         raise RecipeError(f"recipe '{recipe.name}' makes a dense model, which has one format; leave --format out")
     if wanted == "bam":
         return None, None

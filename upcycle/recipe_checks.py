@@ -20,7 +20,8 @@ def count_experts(recipe: Recipe, num_seeds: int, num_experts: int | None) -> in
                 f"recipe '{recipe.name}' copies one seed, but {num_seeds} are given; give one and --num-experts"
             )
         if num_experts is None or not 2 <= num_experts <= 1024:
-            raise RecipeError(f"recipe '{recipe.name}' needs --num-experts, from 2 to 1024; found {num_experts}")
+            found = "none is given" if num_experts is None else f"found {num_experts}"
+            raise RecipeError(f"recipe '{recipe.name}' needs --num-experts, from 2 to 1024; {found}")
         return num_experts
     if num_experts is not None and num_experts != num_seeds:
         raise RecipeError(
