@@ -106,7 +106,7 @@ def _heard_interrupts() -> Iterator[None]:
         for number in handlers:
             signal.signal(number, hear)
         yield
-    except Exception:
+    except Exception:  # any, as it only covers an interrupt, which is raised below in its place
         if not came:
             raise
     finally:

@@ -63,7 +63,8 @@ def _read_shares(model: Any, folder: Path) -> None:
     """
     from safetensors import safe_open
 
-    sources, unread = read_tensors(folder), set(read_tensors(folder))
+    sources = read_tensors(folder)
+    unread = set(sources)
     files: dict[Path, Any] = {}
     kept = model.state_dict().keys()
     stored_buffers = [(name, buffer) for name, buffer in model.named_buffers() if name in kept]
